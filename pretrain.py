@@ -1,0 +1,383 @@
+"""Stage 1: pre-train a denoising masked autoencoder (DMAE, section 3.2): x + noise -> mask -> reconstruct x.
+
+    python pretrain.py                                                  # digits, two CPU cores: about a minute
+    python pretrain.py --recipe cifar10                                 # one GPU
+    torchrun --nproc_per_node=8 pretrain.py --recipe imagenet-base --data-path /data/imagenet
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 pretrain.py --recipe ...
+    python pretrain.py --sigma 0 --loss-on dropped --out runs/mae       # the plain masked autoencoder, for comparison
+
+A recipe sets data, model and every hyperparameter; any other flag overrides one. The result is RUN/pretrain.pt, with a
+log (pretrain.jsonl) and two pictures beside it. Started again, the command goes on where it was stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import time
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from model import (
+    INTERRUPT,
+    NORMALISATION,
+    SIZES,
+    Parser,
+    Run,
+    UsageError,
+    build_dmae,
+    choose,
+    command,
+    decays,
+    gather,
+    learning_rate,
+    load_weights,
+    open_images,
+    read_checkpoint,
+    require,
+    seed_of,
+    sha256,
+    share_batch,
+    shift_and_flip,
+    start_processes,
+    training_positions,
+    unpatchify,
+)
+
+matplotlib.use("Agg")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAPER = dict(                              # section 4.1 and appendix: ImageNet
+    dataset="folder",
+    data_path="data/imagenet",             # with train/ and val/ class folders
+    image_size=224,                        # resolution at which the noise is added
+    normalisation="imagenet",
+    holdout=10_000,                        # training images kept for the pictures and for model selection
+    augment="resized-crop",                # random resized crop 0.2-1 (bicubic) and flip
+    sigma=0.25,                            # noise of the corrupted input, in units of [0, 1] pixels
+    mask_ratio=0.75,
+    loss_on="all",                         # all patches: DMAE; dropped: MAE
+    norm_pix=True,                         # targets standardised patch by patch
+    batch=4096,                            # effective, over all processes and accumulated micro-batches
+    device_batch=64,                       # at most, per process and micro-batch
+    base_lr=1.5e-4,                        # lr = base_lr * batch / 256
+    weight_decay=0.05,
+    log_every=5,                           # steps
+    save_every=100,                        # steps
+)
+RECIPES = {
+    "digits": dict(                        # ours, chosen on held-out training images
+        dataset="digits",
+        data_path=None,
+        model="vit_digits",
+        image_size=8,
+        normalisation="digits",
+        holdout=0.1,
+        augment="shift",                   # by up to one pixel
+        sigma=0.25,
+        mask_ratio=0.5,
+        loss_on="all",
+        norm_pix=False,
+        batch=128,
+        device_batch=128,
+        epochs=150,
+        warmup_epochs=10,
+        base_lr=8e-3,
+        weight_decay=0.05,
+        log_every=50,
+        save_every=500,
+    ),
+    "cifar10": dict(                       # ours: a small ViT from nothing on one GPU
+        dataset="cifar10",
+        data_path="data",
+        model="vit_cifar",
+        image_size=32,
+        normalisation="cifar10",
+        holdout=0.04,
+        augment="shift-flip",              # by up to four pixels
+        sigma=0.25,
+        mask_ratio=0.75,
+        loss_on="all",
+        norm_pix=True,
+        batch=512,
+        device_batch=512,
+        epochs=200,
+        warmup_epochs=10,
+        base_lr=3e-4,
+        weight_decay=0.05,
+        log_every=50,
+        save_every=1000,
+    ),
+    "cifar10-transfer": dict(PAPER,        # paper, section 4.3: continued from ImageNet (--init CHECKPOINT)
+        dataset="cifar10",
+        data_path="data",
+        model="vit_base_patch16",
+        image_size=32,                     # the model resizes to 224
+        normalisation="cifar10",
+        holdout=0.04,
+        augment="flip",
+        batch=512,
+        epochs=50,
+        warmup_epochs=10,
+        base_lr=5e-5,
+    ),
+    "imagenet-base": dict(PAPER, model="vit_base_patch16", epochs=1100, warmup_epochs=40),
+    "imagenet-large": dict(PAPER, model="vit_large_patch16", epochs=1600, warmup_epochs=40),
+    "imagenet-huge": dict(PAPER, model="vit_huge_patch14", epochs=1600, warmup_epochs=40),   # not in the paper's tables
+}
+NOT_SETTINGS = {"recipe", "out", "init", "data_path", "device", "device_batch", "workers", "compile", "resume", "overwrite",
+                "dry_run", "recompute"}    # may differ when a run is continued
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--recipe", default="digits", help=f"{', '.join(RECIPES)} (default: digits)")
+    chosen = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0].recipe
+    recipe = choose("recipe", chosen, RECIPES)
+
+    def flag(name, kind, text, **more):
+        default = recipe.get(name[2:].replace("-", "_"), more.pop("default", None))
+        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})", **more)
+
+    def switch(name, text, default=False):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=f"{text} (default: {default})")
+
+    flag("--dataset", str, "digits, cifar10, or folder: class folders in DATA_PATH/train and DATA_PATH/{val,test}")
+    flag("--data-path", str, "where the data set lies")
+    flag("--image-size", int, "resolution at which noise is added, in pixels")
+    flag("--normalisation", str, f"mean and std of {', '.join(NORMALISATION)}")
+    flag("--holdout", float, "training images held out for pictures and model selection: share (< 1) or number")
+    flag("--augment", str, "augmentation", choices=("none", "shift", "flip", "shift-flip", "resized-crop"))
+    flag("--model", str, f"{', '.join(SIZES)}")
+    flag("--sigma", float, "standard deviation of the noise, pixels in [0, 1]")
+    flag("--mask-ratio", float, "share of the patches that are dropped")
+    flag("--loss-on", str, "all patches (DMAE) or the dropped ones (MAE)", choices=("all", "dropped"))
+    switch("--norm-pix", "standardise each target patch", recipe["norm_pix"])
+    flag("--init", str, "pre-training checkpoint to start from (optimizer and schedule start anew)")
+    flag("--batch", int, "effective batch, images")
+    flag("--device-batch", int, "largest batch of one process at a time, images")
+    flag("--epochs", float, "epochs")
+    flag("--warmup-epochs", float, "epochs of linear warm-up")
+    flag("--base-lr", float, "learning rate per 256 images of the effective batch")
+    flag("--weight-decay", float, "AdamW's")
+    flag("--seed", int, "of initialisation, data order, augmentation, noise and masks", default=0)
+    flag("--log-every", int, "steps between log rows")
+    flag("--save-every", int, "steps between checkpoints (written together with a log row)")
+    flag("--out", str, "run directory", default=f"runs/{chosen}")
+    flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
+    switch("--overwrite", "delete this stage's earlier files in the run directory")
+    flag("--device", str, "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
+    switch("--recompute", "recompute activations in the backward pass, to save memory")
+    flag("--workers", int, "processes that read picture files, per process", default=8)
+    switch("--dry-run", "print settings, sizes and costs, run one step, and exit")
+    args = parser.parse_args(argv)
+
+    choose("model", args.model, SIZES)
+    choose("normalisation", args.normalisation, NORMALISATION)
+    require(0 <= args.sigma < math.inf, f"--sigma must be at least 0, not {args.sigma}")
+    require(0 <= args.mask_ratio < 1, f"--mask-ratio must lie in [0, 1), not {args.mask_ratio}")
+    require(args.mask_ratio > 0 or args.loss_on == "all", "--loss-on dropped needs a --mask-ratio above 0")
+    for name in ("batch", "device_batch", "image_size", "log_every", "save_every", "epochs", "base_lr"):
+        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be positive")
+    for name in ("weight_decay", "warmup_epochs", "workers", "seed", "holdout"):
+        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be negative")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_augment(kind, size):
+    """The augmentation called `kind`: of batches in memory, or ("resized-crop") of single pictures from files."""
+    if kind == "resized-crop":
+        return v2.Compose([v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
+                           v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    return shift_and_flip(size // 8 if "shift" in kind else 0, "flip" in kind)
+
+
+def draw_corruption(images, patches, *position):
+    """Noise (B, C, H, W) and mask_noise (B, N) of a position (seed, step, micro-batch, rank)."""
+    torch.manual_seed(seed_of(*position))
+    return torch.randn_like(images), torch.rand(len(images), patches, device=images.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reconstruct(model, clean, prediction):
+    """Predicted patches (B, N, P*P*C) as images (B, C, H, W) in [0, 1]; norm-pix is undone with the clean patches."""
+    if model.norm_pix:
+        model.norm_pix = False
+        target = model.target(clean)
+        model.norm_pix = True
+        prediction = prediction * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+    return (unpatchify(prediction, model.patch_size, model.grid) * model.std + model.mean).clamp(0, 1)
+
+
+@torch.no_grad()
+def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
+    """A grid with a column per image: clean, noisy, noisy and masked (dropped patches grey), reconstruction."""
+    noise, mask_noise = draw_corruption(clean, math.prod(model.grid), seed)
+    _, prediction, mask = model.eval()(clean, sigma, mask_ratio, noise, mask_noise)
+    model.train()
+    pixels = repeat(mask, "b n -> b n d", d=model.patch_size**2 * clean.shape[1])
+    mask = F.interpolate(unpatchify(pixels, model.patch_size, model.grid), clean.shape[-2:])
+    noisy = clean + sigma * noise
+    output = F.interpolate(reconstruct(model, clean, prediction), clean.shape[-2:])
+    rows = {"clean": clean, f"noisy\n$\\sigma$ = {sigma:g}": noisy, f"and {mask_ratio:.0%}\ndropped": noisy * (1 - mask) + 0.5 * mask,
+            "DMAE sees\nthe row above": output}
+    figure, axes = plt.subplots(len(rows), len(clean), figsize=(len(clean), 1.08 * len(rows)), squeeze=False)
+    for line, (title, images) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
+        for axis, image in zip(line, rearrange(images.float().cpu().clamp(0, 1), "b c h w -> b h w c"), strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+    save_figure(figure, path)
+
+
+def draw_loss(path, rows):
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#0072b2")
+    axis.set(xlabel="optimizer step", ylabel="reconstruction loss\n(mean square, normalised pixels)", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@command
+def main(argv=None):
+    args = parse(argv)
+    rank, world, device = start_processes(args.device)
+    say = print if rank == 0 else lambda *_: None
+
+    # data
+    size = SIZES[args.model]
+    data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=size["channels"],
+                holdout=args.holdout)
+    train, held = (open_images(split=split, **data).to(device) for split in ("train", "holdout"))
+    train.prepare(args.augment, make_augment(args.augment, args.image_size), args.seed)
+    device_batch, accumulate = share_batch(args.batch, world, args.device_batch)
+    require(len(train) >= args.batch, f"{len(train)} training images are fewer than one batch of {args.batch}")
+    per_epoch = len(train) // args.batch
+    steps, warmup = int(args.epochs * per_epoch), int(args.warmup_epochs * per_epoch)
+    peak = args.base_lr * args.batch / 256
+
+    # model
+    torch.manual_seed(args.seed)
+    model = build_dmae(args.model, norm_pix=args.norm_pix, loss_on=args.loss_on, **NORMALISATION[args.normalisation])
+    require(int(math.prod(model.grid) * (1 - args.mask_ratio)) > 0, f"--mask-ratio {args.mask_ratio} keeps no patch at all")
+    settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
+    if args.init:
+        load_weights(model, read_checkpoint(args.init)["model"], args.init, may_leave=("head.", "fc_norm."))
+    model.recompute_activations = args.recompute
+    model.to(device)
+
+    # optimizer
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [dict(params=[p for name, p in named if decays(name, p)], weight_decay=args.weight_decay),
+              dict(params=[p for name, p in named if not decays(name, p)], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+
+    if args.dry_run:
+        return dry_run(args, model, train, device_batch, accumulate, world, steps, say)
+    run = Run(args.out, "pretrain", settings, NOT_SETTINGS, rank, world, resume=args.resume, overwrite=args.overwrite)
+    if run.done:
+        return say(f"{run.result} is done; --out elsewhere or --overwrite to do it again")
+    state, start = run.load(), 0
+    if state:
+        load_weights(model, state["model"], run.last)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+        say(f"continuing {run.last} after step {start}")
+    say(f"{args.model}: {sum(p.numel() for _, p in named):,} trained parameters on {world} x {device.type}; "
+        f"{len(train):,} images; {steps} steps of {world} x {accumulate} x {device_batch} = {args.batch} images; lr {peak:.3g}")
+    if args.compile if args.compile is not None else device.type == "cuda":
+        model.compile()
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+    def checkpoint(step, path, **more):
+        weights = {name: value.cpu() for name, value in model.state_dict().items()}
+        run.save(path, weights, kind="pretrain", config=model.config, data=data | {"classes": train.classes},
+                 settings=settings, step=step, **more)
+
+    def pictures():
+        if rank == 0:
+            rows = [json.loads(row) for row in run.log_file.read_text().splitlines()]
+            draw_loss(run.file(".loss.png"), rows)
+            clean = torch.stack([held.read(i) for i in range(min(10, len(held)))]).to(device) / held.levels
+            draw_reconstructions(run.file(".png"), model, clean, args.sigma, args.mask_ratio, args.seed)
+
+    batches = train.load(training_positions(len(train), args.batch, device_batch, start, steps, args.seed, rank, world),
+                         device, args.workers)
+    total = torch.zeros((), device=device)
+    bar = tqdm(total=steps, initial=start, desc="pretrain", disable=None if rank == 0 else True)
+    for step in range(start, steps):
+        lr = learning_rate(step, steps, warmup, peak)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for micro in range(accumulate):
+            images = next(batches)[0] / train.levels                                      # B C H W in [0, 1]
+            noise, mask_noise = draw_corruption(images, math.prod(model.grid), args.seed, step, micro, rank)
+            last = micro == accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else network.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss, _, _ = network(images, args.sigma, args.mask_ratio, noise, mask_noise)
+                (loss / accumulate).backward()
+            total += loss.detach() / accumulate
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        done = step + 1
+        if done % args.log_every and done < steps:
+            continue
+        # every log_every steps the ranks meet: to average the loss, to notice a signal, to write a checkpoint
+        since = (done - 1) % args.log_every + 1
+        loss, interrupted = gather([total.item() / since, max(INTERRUPT, default=0)], world)
+        loss = loss.mean().item()
+        if not math.isfinite(loss):
+            raise UsageError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the checkpoint before it stays", status=1)
+        total.zero_()
+        row = run.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if bar.disable:
+            say(f"step {done}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {row['time']:.0f} s")
+        if done // args.save_every > (done - since) // args.save_every or interrupted.any() or done == steps:
+            checkpoint(done, run.last, optimizer=optimizer.state_dict())
+            pictures()
+        if interrupted.any():
+            say(f"stopped by signal {int(interrupted.max())} after step {done}; the same command continues")
+            raise SystemExit(128 + int(interrupted.max()))
+    bar.close()
+    checkpoint(steps, run.result)
+    run.finish()
+    say(f"wrote {run.result} in {time.time() - run.start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
