@@ -452,8 +452,33 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse with the recipe's values as defaults, every default in --help, and errors of one line."""
+
+    def __init__(self, doc, recipe):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.set_defaults(**recipe)
+
+    def flag(self, name, kind, text, **more):
+        self.add_argument(name, help=f"{text} (default: %(default)s)", **(dict(type=kind) if kind else {}), **more)
+
+    def switch(self, name, text, **more):
+        self.flag(name, None, text, action=argparse.BooleanOptionalAction, **more)
+
     def error(self, message):
         raise UsageError(message)
+
+
+def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
+    """An argparse type: an int or float with above < x, least <= x, x < below."""
+    def convert(text):
+        value = kind(text)
+        if not (above < value and least <= value < below):
+            limits = [f"{word} {limit:g}" for word, limit in (("above", above), ("at least", least), ("below", below))
+                      if abs(limit) < math.inf]
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits) or 'finite'}, not {text}")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
 
 
 INTERRUPT = []                                  # number of a SIGTERM or SIGINT; the loops look here when they can stop
@@ -494,7 +519,7 @@ def choose(kind, name, table):
     return table[name]
 
 
-def start_processes(device="auto"):
+def start_processes(device="auto", timeout=None):
     """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
     rank, local, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if device == "auto":
@@ -504,7 +529,7 @@ def start_processes(device="auto"):
     if device == "cuda":
         torch.cuda.set_device(local)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
     return rank, world, torch.device(device, local if device == "cuda" else None)
 
 

@@ -39,6 +39,7 @@ from model import (
     gather,
     learning_rate,
     load_weights,
+    number,
     open_images,
     read_checkpoint,
     require,
@@ -135,64 +136,51 @@ RECIPES = {
     "imagenet-large": dict(PAPER, model="vit_large_patch16", epochs=1600, warmup_epochs=40),
     "imagenet-huge": dict(PAPER, model="vit_huge_patch14", epochs=1600, warmup_epochs=40),   # not in the paper's tables
 }
-NOT_SETTINGS = {"recipe", "out", "init", "data_path", "device", "device_batch", "workers", "compile", "resume", "overwrite",
-                "dry_run", "recompute"}    # may differ when a run is continued
+FREE = {"data_path", "out", "init", "device", "device_batch", "workers", "compile", "resume", "overwrite", "dry_run",
+        "recompute"}                       # may change when a run is continued
 
 
 def parse(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--recipe", default="digits", help=f"{', '.join(RECIPES)} (default: digits)")
-    chosen = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0].recipe
-    recipe = choose("recipe", chosen, RECIPES)
-
-    def flag(name, kind, text, **more):
-        default = recipe.get(name[2:].replace("-", "_"), more.pop("default", None))
-        parser.add_argument(name, type=kind, default=default, help=f"{text} (default: {default})", **more)
-
-    def switch(name, text, default=False):
-        parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=f"{text} (default: {default})")
-
-    flag("--dataset", str, "digits, cifar10, or folder: class folders in DATA_PATH/train and DATA_PATH/{val,test}")
-    flag("--data-path", str, "where the data set lies")
-    flag("--image-size", int, "resolution at which noise is added, in pixels")
-    flag("--normalisation", str, f"mean and std of {', '.join(NORMALISATION)}")
-    flag("--holdout", float, "training images held out for pictures and model selection: share (< 1) or number")
-    flag("--augment", str, "augmentation", choices=("none", "shift", "flip", "shift-flip", "resized-crop"))
-    flag("--model", str, f"{', '.join(SIZES)}")
-    flag("--sigma", float, "standard deviation of the noise, pixels in [0, 1]")
-    flag("--mask-ratio", float, "share of the patches that are dropped")
-    flag("--loss-on", str, "all patches (DMAE) or the dropped ones (MAE)", choices=("all", "dropped"))
-    switch("--norm-pix", "standardise each target patch", recipe["norm_pix"])
-    flag("--init", str, "pre-training checkpoint to start from (optimizer and schedule start anew)")
-    flag("--batch", int, "effective batch, images")
-    flag("--device-batch", int, "largest batch of one process at a time, images")
-    flag("--epochs", float, "epochs")
-    flag("--warmup-epochs", float, "epochs of linear warm-up")
-    flag("--base-lr", float, "learning rate per 256 images of the effective batch")
-    flag("--weight-decay", float, "AdamW's")
-    flag("--seed", int, "of initialisation, data order, augmentation, noise and masks", default=0)
-    flag("--log-every", int, "steps between log rows")
-    flag("--save-every", int, "steps between checkpoints (written together with a log row)")
-    flag("--out", str, "run directory", default=f"runs/{chosen}")
-    flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    switch("--overwrite", "delete this stage's earlier files in the run directory")
-    flag("--device", str, "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on GPUs)")
-    switch("--recompute", "recompute activations in the backward pass, to save memory")
-    flag("--workers", int, "processes that read picture files, per process", default=8)
-    switch("--dry-run", "print settings, sizes and costs, run one step, and exit")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="digits")
+    recipe = first.parse_known_args(argv)[0].recipe
+    parser = Parser(__doc__, choose("recipe", recipe, RECIPES) | dict(out=f"runs/{recipe}"))
+    positive, not_negative = number(int, least=1), number(float, least=0)
+    parser.flag("--recipe", str, ", ".join(RECIPES), default=recipe)
+    parser.flag("--dataset", str, "digits, cifar10, or folder: class folders in DATA_PATH/train and DATA_PATH/{val,test}")
+    parser.flag("--data-path", str, "where the data set lies")
+    parser.flag("--image-size", positive, "resolution at which noise is added, in pixels")
+    parser.flag("--normalisation", str, f"mean and standard deviation of {', '.join(NORMALISATION)}")
+    parser.flag("--holdout", not_negative, "training images held out for pictures and model selection: share or number")
+    parser.flag("--augment", str, "augmentation", choices=("none", "shift", "flip", "shift-flip", "resized-crop"))
+    parser.flag("--model", str, ", ".join(SIZES))
+    parser.flag("--sigma", not_negative, "standard deviation of the noise, for pixels in [0, 1]")
+    parser.flag("--mask-ratio", number(float, least=0, below=1), "share of the patches that are dropped")
+    parser.flag("--loss-on", str, "all patches (DMAE) or the dropped ones (MAE)", choices=("all", "dropped"))
+    parser.switch("--norm-pix", "standardise each target patch")
+    parser.flag("--init", str, "pre-training checkpoint to start from (optimizer and schedule start anew)")
+    parser.flag("--batch", positive, "effective batch, images")
+    parser.flag("--device-batch", positive, "largest batch of one process at a time, images")
+    parser.flag("--epochs", number(float, above=0), "epochs")
+    parser.flag("--warmup-epochs", not_negative, "epochs of linear warm-up")
+    parser.flag("--base-lr", number(float, above=0), "learning rate per 256 images of the effective batch")
+    parser.flag("--weight-decay", not_negative, "AdamW's")
+    parser.flag("--seed", number(int, least=0), "of initialisation, data order, augmentation, noise and masks", default=0)
+    parser.flag("--log-every", positive, "steps between log rows")
+    parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
+    parser.flag("--out", str, "run directory")
+    parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
+    parser.switch("--overwrite", "delete this stage's earlier files in the run directory", default=False)
+    parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.switch("--compile", "torch.compile (None: on GPUs)")
+    parser.switch("--recompute", "recompute activations in the backward pass, to save memory", default=False)
+    parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
+    parser.switch("--dry-run", "print settings, sizes and costs, run one step, and exit", default=False)
     args = parser.parse_args(argv)
-
     choose("model", args.model, SIZES)
     choose("normalisation", args.normalisation, NORMALISATION)
-    require(0 <= args.sigma < math.inf, f"--sigma must be at least 0, not {args.sigma}")
-    require(0 <= args.mask_ratio < 1, f"--mask-ratio must lie in [0, 1), not {args.mask_ratio}")
     require(args.mask_ratio > 0 or args.loss_on == "all", "--loss-on dropped needs a --mask-ratio above 0")
-    for name in ("batch", "device_batch", "image_size", "log_every", "save_every", "epochs", "base_lr"):
-        require(0 < getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be positive")
-    for name in ("weight_decay", "warmup_epochs", "workers", "seed", "holdout"):
-        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must not be negative")
     return args
 
 
@@ -270,7 +258,7 @@ def save_figure(figure, path):
 
 
 @command
-def main(argv=None):
+def main(argv):
     args = parse(argv)
     rank, world, device = start_processes(args.device)
     say = print if rank == 0 else lambda *_: None
@@ -305,7 +293,7 @@ def main(argv=None):
 
     if args.dry_run:
         return dry_run(args, model, train, device_batch, accumulate, world, steps, say)
-    run = Run(args.out, "pretrain", settings, NOT_SETTINGS, rank, world, resume=args.resume, overwrite=args.overwrite)
+    run = Run(args.out, "pretrain", settings, FREE, rank, world, resume=args.resume, overwrite=args.overwrite)
     if run.done:
         return say(f"{run.result} is done; --out elsewhere or --overwrite to do it again")
     state, start = run.load(), 0
