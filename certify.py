@@ -25,7 +25,6 @@ depend on the batch and the device, so that a logit's last bits, and so a few co
 import argparse
 import importlib.util
 import itertools
-import json
 import math
 import re
 import sys
@@ -488,10 +487,10 @@ def parse(argv):
     parser.flag("--max", positive, "certify at most so many")
     parser.flag("--shard", str, "I/K: certify the I-th of K parts (from 0), for job arrays; --report merges them")
     parser.flag("--radii", number(float, least=0), "radii of the table, and that --sequential settles", nargs="+")
-    parser.switch("--sequential", "stop drawing once the radii of the table are settled", default=False)
+    parser.flag("--sequential", bool, "stop drawing once the radii of the table are settled", default=False)
     parser.flag("--boundary-tolerance", number(float, least=0), "let --sequential stop this near a radius", default=0.0)
-    parser.switch("--sound", "integer noise: sound in floating point; needs images on their grid", default=False)
-    parser.switch("--any-sigma", "allow another sigma than the classifier was fine-tuned with", default=False)
+    parser.flag("--sound", bool, "integer noise: sound in floating point; needs images on their grid", default=False)
+    parser.flag("--any-sigma", bool, "allow another sigma than the classifier was fine-tuned with", default=False)
     parser.flag("--images", str, "certify these pictures and print the outcome", nargs="+")
     parser.flag("--report", str, "print the table of these TSVs, ours or others'", nargs="+")
     parser.flag("--format", str, "of the report", choices=("text", "markdown", "csv"), default="text")
@@ -500,10 +499,10 @@ def parse(argv):
     parser.flag("--batch", positive, "copies in a forward pass: a multiple or a divisor of 100 (None: 100, on GPUs 400)")
     parser.flag("--out", str, "run directory")
     parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    parser.switch("--overwrite", "delete this stage's earlier files in the run directory", default=False)
+    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
     parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.switch("--compile", "torch.compile (None: on GPUs)")
+    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
     args = parser.parse_args(argv)
     if args.report:
         return args, []
@@ -578,9 +577,13 @@ def certify_pictures(args, classifier, classes, shape, device):
                                           f" at alpha = {args.alpha:g}") + f" (predict: {name(voted)})")
 
 
+def part_files(run):
+    return sorted(run.result.parent.glob(f"{run.result.name}.part*"))
+
+
 def merge_parts(run):
     """{idx: row} of all part files of a run, whatever number of processes wrote them; torn last lines are left out."""
-    lines = [line for part in run.parts() for line in part.read_text().split("\n")[:-1]]
+    lines = [line for part in part_files(run) for line in part.read_text().split("\n")[:-1]]
     return {int(line.split("\t")[0]): line for line in lines if line.count("\t") == len(COLUMNS) - 1}
 
 
@@ -620,7 +623,7 @@ def main(argv):
 
     # what earlier processes left: rank 0 puts it into one part, all go on from there
     if rank == 0:
-        rows, old = merge_parts(run), run.parts()
+        rows, old = merge_parts(run), part_files(run)
         write_atomically(run.file(".tsv.part0"), lambda path: path.write_text("".join(f"{row}\n" for row in rows.values())))
         for file in old:
             if file != run.file(".tsv.part0"):
@@ -666,7 +669,7 @@ def main(argv):
         rows = merge_parts(run)
         body = "\n".join(["\t".join(COLUMNS), *(rows[i] for i in sorted(rows))]) + "\n"
         write_atomically(run.result, lambda path: path.write_text(body))
-        for file in run.parts():
+        for file in part_files(run):
             file.unlink()
         summaries = summarise([run.result])
         plot(run.file(".png"), summaries)

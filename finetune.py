@@ -14,6 +14,7 @@ noisy copies, becomes RUN/finetune_sigma_S.pt; the test images are looked at onc
 
 import argparse
 import contextlib
+import json
 import math
 import re
 import time
@@ -36,6 +37,7 @@ from model import (
     build_vit,
     choose,
     command,
+    cost,
     decays,
     gather,
     learning_rate,
@@ -91,18 +93,18 @@ RECIPES = {
         image_size=8,
         normalisation="digits",
         holdout=0.1,
-        augment="shift",                   # by up to one pixel
+        augment="none",
         erasing=0.0,
         mixup=0.0,
         cutmix=0.0,
         label_smoothing=0.1,
-        consistency=0.0,
+        consistency=2.0,
         consistency_eta=None,
         epochs=60,
         warmup_epochs=5,
         batch=128,
         device_batch=128,
-        base_lr=4e-3,
+        base_lr=8e-3,
         min_lr=1e-6,
         layer_decay=0.75,
         weight_decay=0.05,
@@ -175,7 +177,7 @@ PROBE = dict(                              # the linear probe, section 4.4 and a
     drop_path=0.0,
 )
 PROBES = {
-    "digits": dict(PROBE, augment="shift", epochs=60, warmup_epochs=5, batch=128, base_lr=2.0),
+    "digits": dict(PROBE, augment="none", epochs=60, warmup_epochs=5, batch=128, base_lr=20.0),
     "cifar10": dict(PROBE, augment="shift-flip", epochs=50, batch=1024),
     "cifar10-transfer": dict(PROBE, augment="flip", epochs=50, batch=1024),
 }
@@ -219,7 +221,7 @@ def parse(argv):
     parser.flag("--mixup", not_negative, "mixup's Beta parameter; 0: off")
     parser.flag("--cutmix", not_negative, "cutmix's Beta parameter; 0: off")
     parser.flag("--model", str, ", ".join(SIZES))
-    parser.switch("--linear-probe", "train a linear classifier on the frozen encoder's class token", default=False)
+    parser.flag("--linear-probe", bool, "train a linear classifier on the frozen encoder's class token", default=False)
     parser.flag("--label-smoothing", number(float, least=0, below=1), "label smoothing")
     parser.flag("--consistency", not_negative, "weight lambda of the consistency term; 0: off")
     parser.flag("--consistency-eta", not_negative, "weight of the entropy (None: 0.5 for sigma < 1, else 0.1)")
@@ -238,13 +240,13 @@ def parse(argv):
     parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
     parser.flag("--out", str, "run directory")
     parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    parser.switch("--overwrite", "delete this stage's earlier files in the run directory", default=False)
+    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
     parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.switch("--compile", "torch.compile (None: on GPUs)")
-    parser.switch("--recompute", "recompute activations in the backward pass, to save memory", default=False)
+    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
+    parser.flag("--recompute", bool, "recompute activations in the backward pass, to save memory", default=False)
     parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
-    parser.switch("--dry-run", "print settings, sizes and costs, run one step, and exit", default=False)
+    parser.flag("--dry-run", bool, "print settings, sizes and costs, run one step, and exit", default=False)
     args = parser.parse_args(argv)
     choose("model", args.model, SIZES)
     choose("normalisation", args.normalisation, NORMALISATION)
@@ -261,9 +263,13 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_augment(kind, size, erasing):
+def make_augment(kind, size, erasing, from_files):
     """The augmentation called `kind`: of batches in memory, or (the last two) of single pictures from files."""
-    if kind not in ("resized-crop", "rand-augment"):
+    if kind == "none":
+        return None
+    require((kind in ("resized-crop", "rand-augment")) == from_files,
+            f"--augment {kind} is for pictures of {'at most' if from_files else 'more than'} 64 pixels")
+    if not from_files:
         return shift_and_flip(size // 8 if "shift" in kind else 0, "flip" in kind)
     strong = [v2.RandAugment(num_ops=2, magnitude=9)] if kind == "rand-augment" else []
     return v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
@@ -278,13 +284,10 @@ def make_mix(mixup, cutmix, classes):
 
 
 def few_labels(images, count, seed):
-    """`count` images of each class, chosen by the seed; an epoch stays as long as it was, by repetition."""
-    generator = torch.Generator().manual_seed(seed_of(seed))
-    order = torch.randperm(len(images), generator=generator)
+    """`count` images of each class, chosen by the seed, again and again: an epoch stays as long as it was."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed_of(seed)))
     chosen = torch.cat([order[images.labels[order] == label][:count] for label in range(len(images.classes))])
-    few = images.subset(chosen)
-    few.epoch = len(images)
-    return few
+    return images.subset(chosen.repeat(-(-len(images) // len(chosen)))[:len(images)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,15 +400,17 @@ def main(argv):
     channels = SIZES[args.model]["channels"]
     data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=channels,
                 holdout=args.holdout)
-    train, held, test = (open_images(split=split, **data).to(device) for split in ("train", "holdout", "test"))
+    train, held, test = (open_images(split=split, device=device, **data) for split in ("train", "holdout", "test"))
     require(train.classes == test.classes, f"the classes of training and test images differ in {args.data_path}")
+    labelled = min(len(train), (args.labels_per_class or len(train)) * len(train.classes))
     if args.labels_per_class:
         train = few_labels(train, args.labels_per_class, args.seed)
-    train.prepare(args.augment, make_augment(args.augment, args.image_size, args.erasing), args.seed)
+    train.augment = make_augment(args.augment, args.image_size, args.erasing, bool(train.files))
+    train.seed = args.seed
     mix = make_mix(args.mixup, args.cutmix, len(train.classes))
     device_batch, accumulate = share_batch(args.batch, world, args.device_batch)
-    require(train.epoch >= args.batch, f"{train.epoch} training images are fewer than one batch of {args.batch}")
-    per_epoch = train.epoch // args.batch
+    require(len(train) >= args.batch, f"{len(train)} training images are fewer than one batch of {args.batch}")
+    per_epoch = len(train) // args.batch
     steps, warmup = int(args.epochs * per_epoch), int(args.warmup_epochs * per_epoch)
     peak = args.base_lr * args.batch / 256
 
@@ -431,6 +436,41 @@ def main(argv):
         torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
 
     settings = vars(args) | {"init_sha256": checkpoint and sha256(args.init)}
+
+    # one micro-batch
+    if args.compile if args.compile is not None else device.type == "cuda":
+        model.compile()
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    copies = 2 if args.consistency else 1
+
+    def load_batches(start):
+        positions = training_positions(len(train), args.batch, device_batch, start, steps, args.seed, rank, world)
+        return train.load(positions, device, args.workers)
+
+    def micro_loss(pixels, labels, *position):
+        torch.manual_seed(seed_of(args.seed, *position, rank))
+        # Noise comes after everything else: mixup of noisy images would scale it by sqrt(l^2 + (1 - l)^2).
+        images, targets = mix(pixels / train.levels, labels)                              # B C H W in [0, 1], B classes
+        images = repeat(images, "b c h w -> (m b) c h w", m=copies)
+        noisy = images + args.sigma * torch.randn_like(images)
+        with autocast:
+            logits = rearrange(network(noisy), "(m b) k -> m b k", m=copies)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.repeat(copies, 1), label_smoothing=args.label_smoothing)
+        if args.consistency:
+            loss = loss + consistency_loss(logits.float(), args.consistency, args.consistency_eta)
+        return loss
+
+    say(f"{args.model}: {sum(p.numel() for group in groups for p in group['params']):,} trained parameters on {world} x "
+        f"{device.type}; {labelled:,} images; {steps:,} steps of {world} x {accumulate} x {device_batch} = {args.batch} "
+        f"images; lr {peak:.3g}; sigma {args.sigma:g}")
+    if args.dry_run:
+        batch = next(load_batches(0))
+        say(json.dumps(settings, indent=1), cost(lambda: micro_loss(*batch, 0, 0), model, device_batch), sep="\n")
+        return optimizer.step()
+
+    # run directory
     run = Run(args.out, f"finetune_sigma_{args.sigma:g}", settings, FREE, rank, world, resume=args.resume,
               overwrite=args.overwrite)
     if run.done:
@@ -441,15 +481,6 @@ def main(argv):
         optimizer.load_state_dict(state["optimizer"])
         start, best = state["step"], state["best"]
         say(f"continuing {run.last} after step {start}")
-    say(f"{args.model}: {sum(p.numel() for group in groups for p in group['params']):,} trained parameters on {world} x "
-        f"{device.type}; {len(train):,} images; {steps} steps of {world} x {accumulate} x {device_batch} = {args.batch} "
-        f"images; lr {peak:.3g}; sigma {args.sigma:g}")
-    if args.compile if args.compile is not None else device.type == "cuda":
-        model.compile()
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    copies = 2 if args.consistency else 1
 
     def weights():
         return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
@@ -458,8 +489,7 @@ def main(argv):
         with autocast:
             return evaluate(model, images, args.sigma, draws, 250, args.seed, rank, world, device, args.workers)
 
-    batches = train.load(training_positions(train.epoch, args.batch, device_batch, start, steps, args.seed, rank, world),
-                         device, args.workers)
+    batches = load_batches(start)
     total, counted = torch.zeros((), device=device), 0
     bar = tqdm(total=steps, initial=start, desc="finetune", disable=None if rank == 0 else True)
     for step in range(start, steps):
@@ -467,19 +497,9 @@ def main(argv):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         for micro in range(accumulate):
-            pixels, labels = next(batches)                                                # B C H W, B
-            torch.manual_seed(seed_of(args.seed, step, micro, rank))
-            # Noise comes after everything else: mixup of noisy images would scale it by sqrt(l^2 + (1 - l)^2).
-            images, targets = mix(pixels / train.levels, labels)                          # B C H W in [0, 1], B classes
-            images = repeat(images, "b c h w -> (m b) c h w", m=copies)
-            noisy = images + args.sigma * torch.randn_like(images)
             last = micro == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else network.no_sync():
-                with autocast:
-                    logits = rearrange(network(noisy), "(m b) k -> m b k", m=copies)
-                loss = F.cross_entropy(logits.flatten(0, 1), targets.repeat(copies, 1), label_smoothing=args.label_smoothing)
-                if args.consistency:
-                    loss = loss + consistency_loss(logits.float(), args.consistency, args.consistency_eta)
+                loss = micro_loss(*next(batches), step, micro)
                 (loss / accumulate).backward()
             total += loss.detach() / accumulate
         optimizer.step()
@@ -523,7 +543,8 @@ def main(argv):
     say(f"test images, model of epoch {best['epoch']:g}: clean {clean:.1%}  noisy {noisy:.1%}  vote {vote:.1%}")
     run.save(run.result, best["model"], kind="finetune", config=model.config, data=data | {"classes": train.classes},
              settings=settings, sigma=args.sigma, step=steps)
-    run.finish()
+    if rank == 0:
+        run.last.unlink(missing_ok=True)
     say(f"wrote {run.result} in {time.time() - run.start:.0f} s")
 
 

@@ -30,6 +30,7 @@ import os
 import signal
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.v2 import functional as T
 
@@ -129,16 +131,6 @@ class Attention(nn.Module):
         return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block; in training each residual branch is dropped per image with chance `drop_path`."""
 
@@ -147,7 +139,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
         self.drop_path = drop_path
 
     def stochastic_depth(self, branch):
@@ -159,17 +152,6 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.stochastic_depth(self.attn(self.norm1(x)))
         return x + self.stochastic_depth(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    """Linear map of each patch to the width D, written as a convolution to keep the published name of its weight."""
-
-    def __init__(self, patch_size, channels, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images):
-        return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
 class Encoder(nn.Module):
@@ -185,7 +167,7 @@ class Encoder(nn.Module):
         self.grid = (image_size // patch_size,) * 2
         self.register_buffer("mean", torch.tensor(mean).view(channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(channels, 1, 1), persistent=False)
-        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, dim, patch_size, patch_size)))  # a linear map
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
         rates = torch.linspace(0, drop_path, depth).tolist()                              # deeper blocks drop more
@@ -210,7 +192,7 @@ class Encoder(nn.Module):
 
     def embed(self, images):
         """Images -> patch tokens with positions (B, N, D)."""
-        return self.patch_embed(self.prepare(images)) + self.pos_embed[:, 1:]
+        return rearrange(self.patch_embed(self.prepare(images)), "b d h w -> b (h w) d") + self.pos_embed[:, 1:]
 
     def with_cls(self, tokens):
         """Prepend the class token: (B, n, D) -> (B, 1 + n, D)."""
@@ -354,9 +336,44 @@ def decays(name, parameter):
     return parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
 
 
+def cost(loss_of_batch, model, images):
+    """One line on what a training step costs: runs loss_of_batch() forwards and backwards, and counts."""
+    kept, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of_batch()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    activations = sum(size for storage, size in kept.items() if storage not in own) / 2**30
+    weights = sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters()) / 2**30
+    there, back = (counter.get_total_flops() / images / 1e9 for counter in (forward, backward))
+    return (f"{there:.3g} GFLOP an image forwards, {back:.3g} backwards; memory of a process about {weights + activations:.3g} GiB: "
+            f"{weights:.3g} for weights, gradients and optimizer, {activations:.3g} for the activations of {images} images")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path, kind=None):
+    """The dict {"model": state dict, ...} of a file, on the CPU: tensors and plain values, never code that would run."""
+    require(Path(path).is_file(), f"there is no checkpoint {path}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):                      # the published files hold one
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                                # a damaged file can raise anything at all
+        raise UsageError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+    content = content if isinstance(content, dict) and "model" in content else {"model": content}    # timm's are bare
+    state = content["model"]
+    require(isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()),
+            f"{path} holds no model")
+    require(kind in (None, content.get("kind")), f"{path} is not a checkpoint of {kind}.py")
+    return content
 
 
 def load_weights(model, state, origin, may_miss=(), may_leave=()):
@@ -394,7 +411,7 @@ def load_encoder(vit, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Randomness and data order: pure functions of the position, so that a checkpoint needs to store no more than the step
+# Data: augmentation and order are pure functions of the position, so that a checkpoint stores no more than the step
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -425,306 +442,18 @@ def epoch_draws(size, seed, epoch):
     return torch.randperm(size, generator=generator), torch.rand(size, 4, generator=generator)
 
 
-def training_positions(size, batch, device_batch, start, steps, seed, rank, world):
-    """Yield [(epoch, image), ...] for every micro-batch of this rank in steps start..steps - 1.
-
-    Step s takes the next `batch` images of its epoch's order, whatever the number of processes, and deals them to the
-    ranks in device batches, one micro-batch after the other. What does not fill a batch at an epoch's end is left out.
-    """
-    for step in range(start, steps):
-        epoch, place = divmod(step, size // batch)
-        share = epoch_draws(size, seed, epoch)[0][place * batch:(place + 1) * batch].tolist()
-        for first in range(rank * device_batch, batch, world * device_batch):
-            yield [(epoch, image) for image in share[first:first + device_batch]]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shared by the three stages: usage errors, processes, files, data sets. No equation below: a reader of the paper is done.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class UsageError(Exception):
-    """What went wrong, in one line for the user; `status` is the exit status (2: nothing was done)."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the recipe's values as defaults, every default in --help, and errors of one line."""
-
-    def __init__(self, doc, recipe):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        self.set_defaults(**recipe)
-
-    def flag(self, name, kind, text, **more):
-        self.add_argument(name, help=f"{text} (default: %(default)s)", **(dict(type=kind) if kind else {}), **more)
-
-    def switch(self, name, text, **more):
-        self.flag(name, None, text, action=argparse.BooleanOptionalAction, **more)
-
-    def error(self, message):
-        raise UsageError(message)
-
-
-def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
-    """An argparse type: an int or float with above < x, least <= x, x < below."""
-    def convert(text):
-        value = kind(text)
-        if not (above < value and least <= value < below):
-            limits = [f"{word} {limit:g}" for word, limit in (("above", above), ("at least", least), ("below", below))
-                      if abs(limit) < math.inf]
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(limits) or 'finite'}, not {text}")
-        return value
-    convert.__name__ = kind.__name__
-    return convert
-
-
-INTERRUPT = []                                  # number of a SIGTERM or SIGINT; the loops look here when they can stop
-
-
-def command(main):
-    """Decorates a stage's main(argv=None): errors become one line on stderr, a first signal waits until it is seen."""
-    def note(number, frame):
-        INTERRUPT.append(number)
-        signal.signal(number, signal.SIG_DFL)                                             # a second one ends at once
-
-    @functools.wraps(main)
-    def run(argv=None):
-        INTERRUPT.clear()
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            return main(sys.argv[1:] if argv is None else argv)
-        except (UsageError, OSError) as error:                  # a data worker's error comes wrapped in its traceback
-            message = str(error).strip().splitlines()[-1].removeprefix("model.UsageError: ")
-            print(f"{Path(main.__code__.co_filename).name}: error: {message}", file=sys.stderr, flush=True)
-            raise SystemExit(getattr(error, "status", 1)) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return run
-
-
-def require(condition, message):
-    if not condition:
-        raise UsageError(message)
-
-
-def choose(kind, name, table):
-    """table[name], or an error that offers the closest name."""
-    close = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(table)}"
-    require(name in table, f"unknown {kind} {name!r}: {hint}")
-    return table[name]
-
-
-def start_processes(device="auto", timeout=None):
-    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
-    rank, local, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    require(device != "cuda" or torch.cuda.device_count() > local, f"there is no CUDA device for local process {local}")
-    require(device != "mps" or torch.backends.mps.is_available(), "there is no MPS device")
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
-    return rank, world, torch.device(device, local if device == "cuda" else None)
-
-
-def agree(value, world):
-    """Rank 0's value on every rank; raised everywhere if it is an exception."""
-    values = [value]
-    if world > 1:
-        dist.broadcast_object_list(values, device=torch.device("cpu"))
-    if isinstance(values[0], Exception):
-        raise values[0]
-    return values[0]
-
-
-def gather(values, world):
-    """A few numbers of every rank: (number of values, world), on the CPU."""
-    own = torch.tensor(values, dtype=torch.float64)
-    parts = [torch.empty_like(own) for _ in range(world)]
-    if world > 1:
-        dist.all_gather(parts, own)
-    return torch.stack(parts if world > 1 else [own], dim=1)
-
-
-def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new, never half."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                                              # torch.save raises either
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {str(error).splitlines()[0]}", status=1) from None
-
-
-def read_checkpoint(path, kind=None):
-    """The dict {"model": state dict, ...} of a file, on the CPU: tensors and plain values, never code that would run."""
-    require(Path(path).is_file(), f"there is no checkpoint {path}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):                      # the published files hold one
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                # a damaged file can raise anything at all
-        raise UsageError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
-    content = content if isinstance(content, dict) and "model" in content else {"model": content}    # timm's are bare
-    state = content["model"]
-    require(isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()),
-            f"{path} holds no model")
-    require(kind in (None, content.get("kind")), f"{path} is not a checkpoint of {kind}.py")
-    return content
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Run:
-    """A stage's files in a run directory, in rank 0's hands: NAME.json (settings), NAME.jsonl (log), NAME.last.pt (to
-    resume from), and the result, NAME.pt or NAME.tsv, which says by being there that the stage is done."""
-
-    def __init__(self, out, name, settings, free, rank, world, suffix=".pt", resume="auto", overwrite=False):
-        self.stem, self.rank, self.rows, self.start = f"{out}/{name}", rank, 0, time.time()
-        ends = (".json", ".jsonl", ".last.pt", suffix)
-        self.settings, self.log_file, self.last, self.result = map(self.file, ends)
-        problem = None
-        if rank == 0:
-            try:
-                self._open(json.loads(json.dumps(settings)), free, resume, overwrite)
-            except (UsageError, OSError) as error:
-                problem = error
-        self.done = agree(problem or self.result.exists(), world)
-
-    def file(self, end):
-        return Path(self.stem + end)
-
-    def _open(self, settings, free, resume, overwrite):
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.result.with_name(f".{Path(self.stem).name}.lock"), "a+")    # held until the process ends
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.seek(0)
-            raise UsageError(f"{self.stem} is in use by {self.lock.read().strip() or 'another process'}") from None
-        self.lock.truncate(0)
-        print(f"process {os.getpid()} on {os.uname().nodename}", file=self.lock, flush=True)
-        if overwrite:
-            for file in (self.settings, self.log_file, self.last, self.result, *self.parts()):
-                file.unlink(missing_ok=True)
-        if self.settings.exists():
-            before = json.loads(self.settings.read_text())
-            other = [f"{key} {before.get(key)} -> {settings.get(key)}" for key in sorted({*before, *settings})
-                     if key not in free and before.get(key) != settings.get(key)]
-            require(not other, f"{self.stem} was made with other settings ({', '.join(other)}): choose another --out, or "
-                               "--overwrite")
-            require(resume == "auto" or self.result.exists(), f"{self.stem} is unfinished: --resume auto or --overwrite")
-        write_atomically(self.settings, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
-
-    def parts(self):
-        return sorted(self.result.parent.glob(f"{self.result.name}.part*"))
-
-    def load(self):
-        """What save() kept last, or None. The log is cut back to the rows of that moment."""
-        state = read_checkpoint(self.last) if self.last.exists() else None
-        if self.rank == 0:
-            rows = self.log_file.read_text().splitlines()[:state["rows"]] if state else []
-            self.rows, self.start = len(rows), time.time() - (json.loads(rows[-1])["time"] if rows else 0)
-            write_atomically(self.log_file, lambda path: path.write_text("".join(f"{row}\n" for row in rows)))
-        return state
-
-    def log(self, **row):
-        """Append a row to the log, with the seconds since the start (less the pauses), and return it."""
-        row["time"] = round(time.time() - self.start, 3)
-        if self.rank == 0:
-            with open(self.log_file, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            self.rows += 1
-        return row
-
-    def save(self, path, model, **rest):
-        """Write a checkpoint, unless something in the model is not finite."""
-        if self.rank == 0:
-            bad = [key for key, value in model.items() if not value.isfinite().all()]
-            if bad:
-                raise UsageError(f"{bad[0]} is not finite any more: nothing saved, what {self.last} holds stays", status=1)
-            content = {"model": model, "rows": self.rows, **rest}
-            write_atomically(path, lambda temporary: torch.save(content, temporary))
-
-    def finish(self):
-        if self.rank == 0:
-            self.last.unlink(missing_ok=True)
-
-
-class Images(torch.utils.data.Dataset):
-    """One split of a data set: image i is read(i), uint8 (C, S, S) with `levels` for white, of class labels[i].
-
-    Small images are held in memory, as `pixels` (M, C, S, S), the others read from `files`. Batches are augmented by
-    augment(pixels, uniforms (b, 4)) in memory and augment(PIL image) from files. An index beyond the last image starts
-    over; an epoch is `epoch` images long.
-    """
-
-    def __init__(self, labels, classes, size, channels, pixels=None, files=None, levels=255):
-        self.labels, self.classes, self.size, self.channels, self.levels = labels, classes, size, channels, levels
-        self.pixels, self.files, self.epoch, self.augment, self.seed = pixels, files, len(labels), None, 0
-
-    def __len__(self):
-        return len(self.labels)
-
-    def prepare(self, kind, augment, seed):
-        require(kind == "none" or (kind == "resized-crop") == (self.files is not None),
-                f"--augment {kind} is for pictures of {'at most' if self.files is not None else 'more than'} 64 pixels")
-        self.augment, self.seed = augment, seed
-
-    def to(self, device):
-        self.pixels = self.pixels if self.pixels is None else self.pixels.to(device)
-        return self
-
-    def subset(self, index):
-        return Images(self.labels[index], self.classes, self.size, self.channels, levels=self.levels,
-                      pixels=None if self.pixels is None else self.pixels[index],
-                      files=None if self.files is None else [self.files[i] for i in index.tolist()])
-
-    def read(self, i):
-        return self.pixels[i] if self.files is None else fit(open_picture(self.files[i], self.channels), self.size)
-
-    def __getitems__(self, positions):
-        epoch, index = positions[0][0], torch.tensor([image for _, image in positions])
-        i = index % len(self)
-        if self.files is None:
-            pixels = self.pixels[i]
-            if self.augment:
-                pixels = self.augment(pixels, epoch_draws(self.epoch, self.seed, epoch)[1][index].to(pixels.device))
-            return pixels, self.labels[i]
-        pixels = []
-        for position, image in zip(index.tolist(), i.tolist(), strict=True):
-            torch.manual_seed(seed_of(self.seed, epoch, position))
-            pixels.append(self.augment(open_picture(self.files[image], self.channels)) if self.augment else self.read(image))
-        return torch.stack(pixels), self.labels[i]
-
-    def load(self, positions, device, workers=0):
-        """Batches (pixels (b, C, S, S) uint8, labels (b,)) on `device`, one for each list of (epoch, index)."""
-        workers = 0 if self.files is None else workers
-        for pixels, labels in torch.utils.data.DataLoader(
-                self, batch_sampler=positions, collate_fn=lambda batch: batch, num_workers=workers,
-                pin_memory=device.type == "cuda" and workers > 0, prefetch_factor=4 if workers else None):
-            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
 def shift_and_flip(shift, flip):
-    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to right."""
+    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to right.
+
+    augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
+    """
     def augment(pixels, uniforms):
-        side, batch = torch.arange(pixels.shape[-1], device=pixels.device), torch.arange(len(pixels), device=pixels.device)
-        y, x = (side + (u * (2 * shift + 1)).long()[:, None] - shift for u in uniforms[:, :2].T)             # B H, B W
+        side = torch.arange(pixels.shape[-1], device=pixels.device)
+        y, x = (side + (u * (2 * shift + 1)).long()[:, None] - shift for u in uniforms[:, :2].T)          # B S, B S
         x = torch.where(flip & (uniforms[:, 2:3] < 0.5), x.flip(1), x)
-        y, x = (rows.clamp(0, len(side) - 1) for rows in (y, x))
-        return pixels.permute(0, 2, 3, 1)[batch[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+        y, x = (source.clamp(0, len(side) - 1) for source in (y, x))
+        image = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+        return pixels.movedim(1, 3)[image, y[:, :, None], x[:, None, :]].movedim(3, 1)
     return augment
 
 
@@ -745,38 +474,261 @@ def fit(picture, size):
     return T.pil_to_tensor(picture)
 
 
-def open_images(dataset, data_path, split, image_size, channels, holdout=0.0):
-    """The split "train", "holdout" (a fixed random share of the training images, missing from "train") or "test".
+class Images(torch.utils.data.Dataset):
+    """One split of a data set: image i is read(i), uint8 (C, S, S) with `levels` for white, of class labels[i].
 
-    digits: scikit-learn's, 8 x 8, 0..16; the last 360, by other writers, are the test set. cifar10: torchvision's. folder:
-    class folders in data_path/train and data_path/{val,test}; pictures of at most 64 pixels are kept in memory.
+    Small images are held in memory, as `pixels` (M, C, S, S), the others read from `files`. A batch is augmented by
+    augment(pixels, uniforms (b, 4)) in memory, by augment(PIL image) from files; both draw from (seed, epoch, i) alone.
+    """
+
+    def __init__(self, labels, classes, size, channels, pixels=None, files=None, levels=255):
+        self.labels, self.classes, self.size, self.channels, self.levels = labels, classes, size, channels, levels
+        self.pixels, self.files, self.augment, self.seed = pixels, files, None, 0
+
+    def __len__(self):
+        return len(self.labels)
+
+    def subset(self, index):
+        pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
+        files = None if self.files is None else [self.files[i] for i in index.tolist()]
+        return Images(self.labels[index], self.classes, self.size, self.channels, pixels, files, self.levels)
+
+    def read(self, i):
+        return fit(open_picture(self.files[i], self.channels), self.size) if self.files else self.pixels[i]
+
+    def __getitems__(self, positions):
+        epoch, index = positions[0][0], torch.tensor([i for _, i in positions])
+        if self.files is None:
+            pixels = self.pixels[index.to(self.pixels.device)]
+            if self.augment:
+                pixels = self.augment(pixels, epoch_draws(len(self), self.seed, epoch)[1][index].to(pixels.device))
+            return pixels, self.labels[index]
+        pixels = []
+        for i in index.tolist():
+            torch.manual_seed(seed_of(self.seed, epoch, i))
+            pixels.append(self.augment(open_picture(self.files[i], self.channels)) if self.augment else self.read(i))
+        return torch.stack(pixels), self.labels[index]
+
+    def load(self, positions, device, workers=0):
+        """Batches (pixels (b, C, S, S) uint8, labels (b,)) on `device`, one for each list of (epoch, i)."""
+        workers = workers if self.files else 0
+        for pixels, labels in torch.utils.data.DataLoader(
+                self, batch_sampler=positions, collate_fn=lambda batch: batch, num_workers=workers,
+                pin_memory=device.type == "cuda" and workers > 0, prefetch_factor=4 if workers else None):
+            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def training_positions(size, batch, device_batch, start, steps, seed, rank, world):
+    """Yield [(epoch, image), ...] for every micro-batch of this rank in steps start..steps - 1.
+
+    Step s takes the next `batch` images of its epoch's order, whatever the number of processes, and deals them to the
+    ranks in device batches, one micro-batch after the other. What does not fill a batch at an epoch's end is left out.
+    """
+    for step in range(start, steps):
+        epoch, place = divmod(step, size // batch)
+        share = epoch_draws(size, seed, epoch)[0][place * batch:(place + 1) * batch].tolist()
+        for first in range(rank * device_batch, batch, world * device_batch):
+            yield [(epoch, image) for image in share[first:first + device_batch]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared by the three stages: usage errors, processes, files, data sets. No equation below: a reader of the paper is done.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """One line for the user. `status` is the exit status: 2 where nothing was done, 1 where a run broke."""
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+def require(condition, message):
+    if not condition:
+        raise UsageError(message)
+
+def choose(kind, name, table):
+    """table[name], or an error that offers the closest name."""
+    close = difflib.get_close_matches(str(name), table, n=1)
+    require(name in table, f"unknown {kind} {name!r}: {f'did you mean {close[0]!r}?' if close else list(table)}")
+    return table[name]
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a recipe's values as defaults, every default in --help, and errors of one line."""
+    def __init__(self, doc, recipe):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.set_defaults(**recipe)
+
+    def flag(self, name, kind, text, **more):
+        kind = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        self.add_argument(name, help=f"{text} (default: %(default)s)", **kind, **more)
+
+    def error(self, message):
+        raise UsageError(message)
+
+def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
+    """An argparse type: an int or a float with above < x < below and least <= x."""
+    def convert(text):
+        if above < kind(text) < below and least <= kind(text):
+            return kind(text)
+        limits = (("above", above), ("at least", least), ("below", below))
+        limits = [f"{word} {limit:g}" for word, limit in limits if abs(limit) < math.inf]
+        raise argparse.ArgumentTypeError(f"must be {' and '.join(limits) or 'finite'}, not {text}")
+    convert.__name__ = kind.__name__
+    return convert
+
+INTERRUPT = []                                   # the number of a SIGTERM or SIGINT; loops look here when they can stop
+
+def command(main):
+    """Decorates a stage's main(argv=None): errors become one line on stderr; a first signal waits until it is seen."""
+    def note(number, frame):
+        INTERRUPT.append(number)
+        signal.signal(number, signal.SIG_DFL)                                             # a second one ends at once
+
+    @functools.wraps(main)
+    def run(argv=None):
+        INTERRUPT.clear()
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return main(sys.argv[1:] if argv is None else argv)
+        except (UsageError, OSError) as error:                  # a data worker's error comes wrapped in its traceback
+            line = str(error).strip().splitlines()[-1].removeprefix("model.UsageError: ")
+            print(f"{Path(main.__code__.co_filename).name}: error: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(getattr(error, "status", 1)) from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return run
+
+def start_processes(device="auto", timeout=None):
+    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
+    rank, local, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    there = {"cuda": torch.cuda.device_count() > local, "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    require(there[device], f"there is no {device} device for local process {local}")
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+    return rank, world, torch.device(device, local if device == "cuda" else None)
+
+def gather(values, world):
+    """A few numbers of every rank, (number of values, world), on the CPU; also the place where ranks wait for each other."""
+    parts = [torch.tensor(values, dtype=torch.float64) for _ in range(world)]
+    if world > 1:
+        dist.all_gather(parts, parts[0].clone())
+    return torch.stack(parts, dim=1)
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new, never half."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                                              # torch.save raises either
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {str(error).splitlines()[0]}", status=1) from None
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+class Run:
+    """A stage's files in a run directory, in rank 0's hands: NAME.json (settings), NAME.jsonl (log), NAME.last.pt (to
+    resume from), and the result, NAME.pt or NAME.tsv, which says by being there that the stage is done."""
+    def __init__(self, out, name, settings, free, rank, world, suffix=".pt", resume="auto", overwrite=False):
+        self.stem, self.rank, self.rows, self.start, problem = f"{out}/{name}", rank, 0, time.time(), [None]
+        self.settings, self.log_file, self.last, self.result = map(self.file, (".json", ".jsonl", ".last.pt", suffix))
+        if rank == 0:
+            try:
+                self._open(json.loads(json.dumps(settings)), free, resume, overwrite)
+            except (UsageError, OSError) as error:
+                problem = [UsageError(str(error))]
+        if world > 1:
+            dist.broadcast_object_list(problem, device=torch.device("cpu"))
+        if problem[0]:
+            raise problem[0]
+        self.done = self.result.exists()
+
+    def file(self, end):
+        return Path(self.stem + end)
+
+    def _open(self, settings, free, resume, overwrite):
+        self.result.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.result.parent / f".{Path(self.stem).name}.lock", "a+")      # noqa: SIM115 held to the end
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.seek(0)
+            raise UsageError(f"{self.stem} is in use by {self.lock.read().strip() or 'another process'}") from None
+        self.lock.truncate(0)
+        print(f"process {os.getpid()} on {os.uname().nodename}", file=self.lock, flush=True)
+        parts = self.result.parent.glob(f"{self.result.name}.part*")
+        for file in (self.settings, self.log_file, self.last, self.result, *parts) if overwrite else ():
+            file.unlink(missing_ok=True)
+        if self.settings.exists():
+            before = json.loads(self.settings.read_text())
+            other = [f"{key} {before.get(key)} -> {settings.get(key)}" for key in sorted({*before, *settings})
+                     if key not in free and before.get(key) != settings.get(key)]
+            require(not other, f"{self.stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+            require(resume == "auto" or self.result.exists(), f"{self.stem} is unfinished: --resume auto or --overwrite")
+        write_atomically(self.settings, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+
+    def load(self):
+        """What save() kept last, or None. The log is cut back to the rows of that moment."""
+        state = read_checkpoint(self.last) if self.last.exists() else None
+        if self.rank == 0:
+            rows = self.log_file.read_text().splitlines(True)[:state["rows"]] if state else []
+            self.rows, self.start = len(rows), time.time() - (json.loads(rows[-1])["time"] if rows else 0)
+            write_atomically(self.log_file, lambda path: path.write_text("".join(rows)))
+        return state
+
+    def log(self, **row):
+        """Append a row to the log, with the seconds since the start (less the pauses), and return it."""
+        row["time"], self.rows = round(time.time() - self.start, 3), self.rows + 1
+        if self.rank == 0:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def save(self, path, model, **rest):
+        """Write a checkpoint, unless something in the model is not finite."""
+        if self.rank == 0:
+            for key, value in model.items():
+                if not value.isfinite().all():
+                    raise UsageError(f"{key} is not finite: nothing saved, what {self.last} holds stays", status=1)
+            write_atomically(path, lambda temporary: torch.save({"model": model, "rows": self.rows, **rest}, temporary))
+
+def open_images(dataset, data_path, split, image_size, channels, holdout=0.0, device="cpu"):
+    """The split "train", "holdout" (a fixed random share of the training images, missing from "train") or "test".
+    digits: scikit-learn's, 8 x 8, 0..16; the last 360, by other writers, are the test set. cifar10: torchvision's.
+    folder: class folders in data_path/train and data_path/{val,test}; pictures of at most 64 pixels are kept in memory.
     """
     choose("data set", dataset, dict.fromkeys(("digits", "cifar10", "folder")))
-    test = split == "test"
     if dataset == "digits":
-        digits, part = load_digits(), slice(-360, None) if test else slice(-360)
+        digits, part = load_digits(), slice(-360, None) if split == "test" else slice(-360)
         images = Images(torch.as_tensor(digits.target[part]).long(), [str(name) for name in digits.target_names], 8, 1,
-                        pixels=torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None], levels=16)
+                        torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None], levels=16)
     elif dataset == "cifar10":
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             CIFAR10(data_path, download=True)
-        agree(None, int(os.environ.get("WORLD_SIZE", 1)))
-        part = CIFAR10(data_path, train=not test)
-        images = Images(torch.tensor(part.targets), part.classes, 32, 3,
-                        pixels=torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous())
+        gather([0], int(os.environ.get("WORLD_SIZE", 1)))
+        part = CIFAR10(data_path, train=split != "test")
+        images = Images(torch.tensor(part.targets), part.classes, 32, 3, torch.from_numpy(part.data).movedim(3, 1).clone())
     else:
-        roots = [Path(data_path, name) for name in (("val", "test") if test else ("train",))]
-        root = next((root for root in roots if root.is_dir()), None)
-        require(root, f"there is no folder {' or '.join(map(str, roots))}")
-        part = ImageFolder(root)
+        roots = [Path(data_path, name) for name in (("val", "test") if split == "test" else ("train",))]
+        require(any(root.is_dir() for root in roots), f"there is no folder {' or '.join(map(str, roots))}")
+        part = ImageFolder(next(root for root in roots if root.is_dir()))
         images = Images(torch.tensor(part.targets), part.classes, image_size, channels, files=[f for f, _ in part.samples])
         if image_size <= 64:
             images.pixels, images.files = torch.stack([images.read(i) for i in range(len(images))]), None
     require((images.size, images.channels) == (image_size, channels), f"{dataset} has images of {images.channels} x "
             f"{images.size} x {images.size}, the model takes {channels} x {image_size} x {image_size}")
-    if test or not holdout:
-        return images
-    held = round(holdout * len(images)) if holdout < 1 else int(holdout)
-    require(0 < held < len(images), f"cannot hold out {held} of {len(images)} training images")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return images.subset((order[:held] if split == "holdout" else order[held:]).sort().values)
+    if split != "test" and holdout:
+        held = round(holdout * len(images)) if holdout < 1 else int(holdout)
+        require(0 < held < len(images), f"cannot hold out {held} of {len(images)} training images")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        images = images.subset((order[:held] if split == "holdout" else order[held:]).sort().values)
+    images.pixels = None if images.pixels is None else images.pixels.to(device)
+    return images

@@ -35,6 +35,7 @@ from model import (
     build_dmae,
     choose,
     command,
+    cost,
     decays,
     gather,
     learning_rate,
@@ -84,9 +85,9 @@ RECIPES = {
         image_size=8,
         normalisation="digits",
         holdout=0.1,
-        augment="shift",                   # by up to one pixel
+        augment="none",                    # shifts by one pixel of eight made it worse
         sigma=0.25,
-        mask_ratio=0.5,
+        mask_ratio=0.25,
         loss_on="all",
         norm_pix=False,
         batch=128,
@@ -157,7 +158,7 @@ def parse(argv):
     parser.flag("--sigma", not_negative, "standard deviation of the noise, for pixels in [0, 1]")
     parser.flag("--mask-ratio", number(float, least=0, below=1), "share of the patches that are dropped")
     parser.flag("--loss-on", str, "all patches (DMAE) or the dropped ones (MAE)", choices=("all", "dropped"))
-    parser.switch("--norm-pix", "standardise each target patch")
+    parser.flag("--norm-pix", bool, "standardise each target patch")
     parser.flag("--init", str, "pre-training checkpoint to start from (optimizer and schedule start anew)")
     parser.flag("--batch", positive, "effective batch, images")
     parser.flag("--device-batch", positive, "largest batch of one process at a time, images")
@@ -170,13 +171,13 @@ def parse(argv):
     parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
     parser.flag("--out", str, "run directory")
     parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    parser.switch("--overwrite", "delete this stage's earlier files in the run directory", default=False)
+    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
     parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.switch("--compile", "torch.compile (None: on GPUs)")
-    parser.switch("--recompute", "recompute activations in the backward pass, to save memory", default=False)
+    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
+    parser.flag("--recompute", bool, "recompute activations in the backward pass, to save memory", default=False)
     parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
-    parser.switch("--dry-run", "print settings, sizes and costs, run one step, and exit", default=False)
+    parser.flag("--dry-run", bool, "print settings, sizes and costs, run one step, and exit", default=False)
     args = parser.parse_args(argv)
     choose("model", args.model, SIZES)
     choose("normalisation", args.normalisation, NORMALISATION)
@@ -189,8 +190,12 @@ def parse(argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_augment(kind, size):
+def make_augment(kind, size, from_files):
     """The augmentation called `kind`: of batches in memory, or ("resized-crop") of single pictures from files."""
+    if kind == "none":
+        return None
+    require((kind == "resized-crop") == from_files,
+            f"--augment {kind} is for pictures of {'at most' if from_files else 'more than'} 64 pixels")
     if kind == "resized-crop":
         return v2.Compose([v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
                            v2.RandomHorizontalFlip(), v2.PILToTensor()])
@@ -228,8 +233,8 @@ def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
     mask = F.interpolate(unpatchify(pixels, model.patch_size, model.grid), clean.shape[-2:])
     noisy = clean + sigma * noise
     output = F.interpolate(reconstruct(model, clean, prediction), clean.shape[-2:])
-    rows = {"clean": clean, f"noisy\n$\\sigma$ = {sigma:g}": noisy, f"and {mask_ratio:.0%}\ndropped": noisy * (1 - mask) + 0.5 * mask,
-            "DMAE sees\nthe row above": output}
+    rows = {"clean": clean, f"noise\n$\\sigma$ = {sigma:g}": noisy,
+            f"and {mask_ratio:.0%}\ndropped:\nthe input": noisy * (1 - mask) + 0.5 * mask, "recon-\nstruction": output}
     figure, axes = plt.subplots(len(rows), len(clean), figsize=(len(clean), 1.08 * len(rows)), squeeze=False)
     for line, (title, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
@@ -267,8 +272,8 @@ def main(argv):
     size = SIZES[args.model]
     data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=size["channels"],
                 holdout=args.holdout)
-    train, held = (open_images(split=split, **data).to(device) for split in ("train", "holdout"))
-    train.prepare(args.augment, make_augment(args.augment, args.image_size), args.seed)
+    train, held = (open_images(split=split, device=device, **data) for split in ("train", "holdout"))
+    train.augment, train.seed = make_augment(args.augment, args.image_size, bool(train.files)), args.seed
     device_batch, accumulate = share_batch(args.batch, world, args.device_batch)
     require(len(train) >= args.batch, f"{len(train)} training images are fewer than one batch of {args.batch}")
     per_epoch = len(train) // args.batch
@@ -291,8 +296,30 @@ def main(argv):
               dict(params=[p for name, p in named if not decays(name, p)], weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
+    # one micro-batch
+    if args.compile if args.compile is not None else device.type == "cuda":
+        model.compile()
+    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+    def load_batches(start):
+        positions = training_positions(len(train), args.batch, device_batch, start, steps, args.seed, rank, world)
+        return train.load(positions, device, args.workers)
+
+    def micro_loss(pixels, *position):
+        images = pixels / train.levels                                                    # B C H W in [0, 1]
+        noise, mask_noise = draw_corruption(images, math.prod(model.grid), args.seed, *position, rank)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return network(images, args.sigma, args.mask_ratio, noise, mask_noise)[0]
+
+    say(f"{args.model}: {sum(p.numel() for _, p in named):,} trained parameters on {world} x {device.type}; {len(train):,} "
+        f"images; {steps:,} steps of {world} x {accumulate} x {device_batch} = {args.batch} images; lr {peak:.3g}")
     if args.dry_run:
-        return dry_run(args, model, train, device_batch, accumulate, world, steps, say)
+        pixels, _ = next(load_batches(0))
+        say(json.dumps(settings, indent=1), cost(lambda: micro_loss(pixels, 0, 0), model, device_batch), sep="\n")
+        return optimizer.step()
+
+    # run directory
     run = Run(args.out, "pretrain", settings, FREE, rank, world, resume=args.resume, overwrite=args.overwrite)
     if run.done:
         return say(f"{run.result} is done; --out elsewhere or --overwrite to do it again")
@@ -302,12 +329,6 @@ def main(argv):
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
         say(f"continuing {run.last} after step {start}")
-    say(f"{args.model}: {sum(p.numel() for _, p in named):,} trained parameters on {world} x {device.type}; "
-        f"{len(train):,} images; {steps} steps of {world} x {accumulate} x {device_batch} = {args.batch} images; lr {peak:.3g}")
-    if args.compile if args.compile is not None else device.type == "cuda":
-        model.compile()
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
     def checkpoint(step, path, **more):
         weights = {name: value.cpu() for name, value in model.state_dict().items()}
@@ -321,8 +342,7 @@ def main(argv):
             clean = torch.stack([held.read(i) for i in range(min(10, len(held)))]).to(device) / held.levels
             draw_reconstructions(run.file(".png"), model, clean, args.sigma, args.mask_ratio, args.seed)
 
-    batches = train.load(training_positions(len(train), args.batch, device_batch, start, steps, args.seed, rank, world),
-                         device, args.workers)
+    batches = load_batches(start)
     total = torch.zeros((), device=device)
     bar = tqdm(total=steps, initial=start, desc="pretrain", disable=None if rank == 0 else True)
     for step in range(start, steps):
@@ -330,12 +350,9 @@ def main(argv):
         for group in optimizer.param_groups:
             group["lr"] = lr
         for micro in range(accumulate):
-            images = next(batches)[0] / train.levels                                      # B C H W in [0, 1]
-            noise, mask_noise = draw_corruption(images, math.prod(model.grid), args.seed, step, micro, rank)
             last = micro == accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else network.no_sync():
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss, _, _ = network(images, args.sigma, args.mask_ratio, noise, mask_noise)
+                loss = micro_loss(next(batches)[0], step, micro)
                 (loss / accumulate).backward()
             total += loss.detach() / accumulate
         optimizer.step()
@@ -363,7 +380,8 @@ def main(argv):
             raise SystemExit(128 + int(interrupted.max()))
     bar.close()
     checkpoint(steps, run.result)
-    run.finish()
+    if rank == 0:
+        run.last.unlink(missing_ok=True)
     say(f"wrote {run.result} in {time.time() - run.start:.0f} s")
 
 

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+import pretrain
+from model import build_dmae, build_vit
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run directory on digits, with pretrain.pt and finetune_sigma_0.25.pt of a few epochs; not to be written to."""
+    out = tmp_path_factory.mktemp("tiny_run")
+    pretrain.main(["--epochs", "2", "--warmup-epochs", "1", "--out", str(out), "--device", "cpu"])
+    finetune.main(["--sigma", "0.25", "--epochs", "2", "--warmup-epochs", "1", "--vote-every", "2", "--out", str(out),
+                   "--device", "cpu"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory):
+    """make(...) -> a new folder with train/ and val/ class folders of `train` and `test` pictures a class."""
+    def make(side=32, classes=3, train=6, test=2, grey=False):
+        root, random = tmp_path_factory.mktemp("folder"), np.random.default_rng(side)
+        for split, count in (("train", train), ("val", test)):
+            for label in range(classes):
+                folder = root / split / f"class_{label}"
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = random.integers(0, 160, (side, side) if grey else (side, side, 3), dtype=np.uint8)
+                    Image.fromarray(pixels + np.uint8(30 * label)).save(folder / f"{i}.png")
+        return root
+    return make
+
+
+@pytest.fixture(scope="session")
+def folder32(make_folder):
+    """Class folders of 18 + 6 pictures, 3 x 32 x 32, of 3 classes."""
+    return make_folder()
+
+
+@pytest.fixture
+def tiny_vit():
+    """make(**overrides) -> a small VisionTransformer in eval mode whose weights are all random, none tiny or zero."""
+    def make(**overrides):
+        torch.manual_seed(1)
+        size = dict(image_size=8, dim=16, depth=2, heads=2, num_classes=5)
+        return randomise(build_vit("vit_digits", **size | overrides)).eval()
+    return make
+
+
+@pytest.fixture
+def tiny_dmae():
+    """make(**overrides) -> a small DenoisingMaskedAutoencoder: 1 x 8 x 8, 16 patches, width 16."""
+    def make(**overrides):
+        torch.manual_seed(2)
+        size = dict(dim=16, depth=2, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=2)
+        return build_dmae("vit_digits", **size | overrides)
+    return make
+
+
+def randomise(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
