@@ -210,11 +210,13 @@ class GridNoise:
         self.table, self.reach = torch.from_numpy(table).to(device), reach
 
     def __call__(self, x, generator, out):
+        base = torch.round(x * self.levels)
+        require((base - x * self.levels).abs().max() < 1e-3, f"the image is not on the grid 1/{self.levels}")
         bits = torch.randint(2**self.BITS, out.shape, generator=generator, device=out.device)
         place = torch.searchsorted(self.table, bits, right=True)                          # table[place - 1] <= bits
         sure = ((bits - self.table[(place - 1).clamp(min=0)]).abs() > self.SLACK) \
             & ((bits - self.table[place.clamp(max=len(self.table) - 1)]).abs() > self.SLACK)
-        out.copy_((torch.round(x * self.levels) + (place - self.reach)) / self.levels)
+        out.copy_((base + (place - self.reach)) / self.levels)
         return sure.flatten(1).all(dim=1)
 
 
@@ -328,7 +330,7 @@ PUBLISHED = {                       # certified accuracy in %, best over sigma, 
         "DMAE ViT-B": (79.2, 64.6, 47.3, 36.1),
         "DMAE ViT-B, continued": (80.8, 67.1, 49.7, 37.7)}),
 }
-COLUMNS = "idx label predict radius correct time count n sigma alpha".split()             # the first six are Cohen's
+COLUMNS = ["idx", "label", "predict", "radius", "correct", "time", "count", "n", "sigma", "alpha"]     # the first six: Cohen's
 
 
 def read_rows(path):
@@ -408,7 +410,7 @@ def table(summaries, radii, kind="text"):
         return "\n".join(",".join(line) for line in lines)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     edge, bar = ("| ", " | ") if kind == "markdown" else ("", "  ")
-    lines = [edge + bar.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + edge[::-1] for line in lines]
+    lines = [edge + bar.join(map(str.rjust, line, widths)) + edge[::-1] for line in lines]
     if kind == "markdown":
         lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     return "\n".join(lines) + ("\n\n" if kind == "markdown" else "\n") + \
@@ -511,12 +513,12 @@ def parse(argv):
         require(key == "data_path" or getattr(args, key) == value, f"--{key.replace('_', '-')} {getattr(args, key)} "
                 f"contradicts {files[0]}, which was made with {value}")
     for file, checkpoint in zip(files, checkpoints, strict=True):
-        require(args.any_sigma or checkpoint["sigma"] == args.sigma, f"{file} was fine-tuned for sigma {checkpoint['sigma']:g}, "
-                f"not {args.sigma:g}: certify at that, or say --any-sigma")
+        require(args.any_sigma or checkpoint["sigma"] == args.sigma, f"{file} was fine-tuned for sigma "
+                f"{checkpoint['sigma']:g}, not {args.sigma:g}: certify at that, or say --any-sigma")
         require(checkpoint["data"]["classes"] == inherited["classes"], f"{file} and {files[0]} have other classes")
     most = certified_radius(args.alpha ** (1 / args.n), args.sigma)
-    require(most > 0, f"n = {args.n} copies can only abstain at alpha = {args.alpha:g}: use --n {math.ceil(math.log2(1 / args.alpha)) + 1} "
-            "or more")
+    require(most > 0, f"n = {args.n} copies can only abstain at alpha = {args.alpha:g}: "
+            f"--n {math.floor(-math.log2(args.alpha)) + 1} or more")
     reachable = [r for r in args.radii if r < most]
     if args.sequential and len(reachable) < len(args.radii):
         print(f"radii above {most:.3f} cannot be reached with n = {args.n}: left out", file=sys.stderr)
@@ -540,7 +542,7 @@ def open_classifier(args, checkpoints, device):
         require(callable(getattr(module, name, None)), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
         models = [getattr(module, name)]
     else:
-        models = [rebuild(checkpoint, file).to(device).eval() for checkpoint, file in zip(checkpoints, args.checkpoint, strict=True)]
+        models = [model.to(device).eval() for model in map(rebuild, checkpoints, args.checkpoint)]
         if args.compile:
             for model in models:
                 model.compile()
@@ -563,18 +565,18 @@ def rebuild(checkpoint, file):
     return model
 
 
-def certify_pictures(args, classifier, classes, shape, device):
-    for file in args.images:
-        picture = open_picture(file, shape[1])
-        if picture.size != (shape[0], shape[0]):
-            print(f"{file}: {picture.size[0]} x {picture.size[1]}, resized and cropped to {shape[0]} x {shape[0]}: the radius is in "
-                  "pixels of that")
-        x = fit(picture, shape[0]).to(device) / 255
-        guess, radius = certify(classifier, x, args.sigma, args.n0, args.n, args.alpha, args.seed, batch=args.batch)
-        voted = predict(classifier, x, args.sigma, args.n, args.alpha, args.seed, batch=args.batch)
-        name = lambda c: "abstains" if c == ABSTAIN else classes[c] if classes else f"class {c}"          # noqa: B023
-        print(f"{file}: {name(guess)}" + (f", certified within an l2 radius of {radius:.6f}" if guess != ABSTAIN else
-                                          f" at alpha = {args.alpha:g}") + f" (predict: {name(voted)})")
+def certify_pictures(args, classifier, classes, size, channels, rule, noise, device):
+    """Certify --images one by one, and print what comes out."""
+    for index, file in enumerate(args.images):
+        picture = open_picture(file, channels)
+        if picture.size != (size, size):
+            print(f"{file}: resized and cropped to {size} x {size}, the radius is in pixels of that")
+        x = fit(picture, size).to(device) / 255
+        (trial,) = certify_all(classifier, [(index, x)], noise, args.n0, rule, args.seed, args.batch)
+        guess, radius = trial.certificate(args.sigma)
+        voted = predict(classifier, x, args.sigma, args.n, args.alpha, args.seed, index, args.batch)
+        guess, voted = ("abstains" if c == ABSTAIN else classes[c] if classes else f"class {c}" for c in (guess, voted))
+        print(f"{file}: {guess}, certified within an l2 radius of {radius:.6f} (predict: {voted})")
 
 
 def part_files(run):
@@ -605,8 +607,13 @@ def main(argv):
     data = checkpoints[0]["data"] if checkpoints else {}
     size, channels = SHAPES.get(args.dataset, (None, None))
     size, channels = data.get("image_size", args.image_size or size), data.get("channels", channels)
+    if args.sequential:
+        rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance)
+    else:
+        rule = FixedN(args.n, args.alpha)
     if args.images:
-        return certify_pictures(args, classifier, data.get("classes"), (size, channels), device)
+        noise = GridNoise(args.sigma, 255, device) if args.sound else GaussianNoise(args.sigma)
+        return certify_pictures(args, classifier, data.get("classes"), size, channels, rule, noise, device)
 
     # data: every skip-th test image, this job's shard of them
     test = open_images(args.dataset, args.data_path, "test", size, channels)
@@ -635,10 +642,6 @@ def main(argv):
     if finished:
         say(f"continuing after {len(finished)} of {len(chosen)} images")
 
-    if args.sequential:
-        rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance)
-    else:
-        rule = FixedN(args.n, args.alpha)
     noise = GridNoise(args.sigma, test.levels, device) if args.sound else GaussianNoise(args.sigma)
     images = ((i, test.read(i).to(device) / test.levels) for i in todo)
     bar = tqdm(total=len(todo), desc="certify", disable=None if rank == 0 else True)
@@ -650,7 +653,7 @@ def main(argv):
             label = int(test.labels[trial.index])                     # seen here first: prediction and radius are final
             correct = int(prediction == label)
             taken = str(timedelta(seconds=time.time() - trial.start))
-            row = [trial.index, label, prediction, f"{radius:.6f}", correct, taken, trial.k, trial.n, f"{args.sigma:g}", f"{args.alpha:g}"]
+            row = [trial.index, label, prediction, f"{radius:.6f}", correct, taken, trial.k, trial.n, args.sigma, args.alpha]
             file.write("\t".join(map(str, row)) + "\n")
             file.flush()
             right = [count + (correct and radius >= r) for count, r in zip(right, shown, strict=True)]

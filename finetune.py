@@ -6,6 +6,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 finetune.py --sigma ...
     python finetune.py --sigma 0.25 --linear-probe --init runs/digits/pretrain.pt --out runs/probe
     python finetune.py --sigma 0.25 --init scratch --out runs/scratch   # no pre-training, for comparison
+    python finetune.py --sigma 0.25 --export vit.pt                     # the finished classifier, for timm
 
 f learns to classify x + N(0, sigma^2 I). The decoder is dropped; data set, sizes, mean and std come from the pre-training
 checkpoint (RUN/pretrain.pt unless --init names one). The best model on held-out training images, by majority vote over
@@ -53,6 +54,7 @@ from model import (
     shift_and_flip,
     start_processes,
     training_positions,
+    write_atomically,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,7 +146,8 @@ RECIPES = {
         dataset="cifar10",
         data_path="data",
         model="vit_base_patch16",
-        image_size=32,                     # the model resizes to 224
+        image_size=32,
+        model_size=224,                    # the model resizes
         normalisation="cifar10",
         holdout=0.04,
         augment="flip",
@@ -182,7 +185,7 @@ PROBES = {
     "cifar10-transfer": dict(PROBE, augment="flip", epochs=50, batch=1024),
 }
 FREE = {"data_path", "out", "init", "device", "device_batch", "workers", "compile", "resume", "overwrite", "dry_run",
-        "recompute"}                       # may change when a run is continued
+        "recompute", "export"}             # may change when a run is continued
 
 
 def parse(argv):
@@ -201,8 +204,8 @@ def parse(argv):
         made_with = checkpoint["settings"] if checkpoint.get("kind") == "pretrain" else {}
     recipe = early.recipe or made_with.get("recipe", "digits")
     defaults = choose("recipe", recipe, RECIPES) | (PROBES.get(recipe, PROBE) if early.linear_probe else {})
-    inherited = {key: made_with[key] for key in ("dataset", "data_path", "image_size", "normalisation", "holdout", "model")
-                 if recipe == made_with.get("recipe")}            # another recipe than the checkpoint's: a transfer
+    inherited = {key: made_with[key] for key in ("dataset", "data_path", "image_size", "normalisation", "holdout", "model",
+                                                 "model_size") if recipe == made_with.get("recipe")}      # else: a transfer
 
     parser = Parser(__doc__, defaults | inherited | dict(recipe=recipe, init=init, out=early.out or f"runs/{recipe}"))
     positive, not_negative = number(int, least=1), number(float, least=0)
@@ -221,6 +224,7 @@ def parse(argv):
     parser.flag("--mixup", not_negative, "mixup's Beta parameter; 0: off")
     parser.flag("--cutmix", not_negative, "cutmix's Beta parameter; 0: off")
     parser.flag("--model", str, ", ".join(SIZES))
+    parser.flag("--model-size", positive, "resolution to which the model resizes, in pixels (None: not at all)")
     parser.flag("--linear-probe", bool, "train a linear classifier on the frozen encoder's class token", default=False)
     parser.flag("--label-smoothing", number(float, least=0, below=1), "label smoothing")
     parser.flag("--consistency", not_negative, "weight lambda of the consistency term; 0: off")
@@ -238,6 +242,7 @@ def parse(argv):
     parser.flag("--vote-every", positive, "epochs between majority votes over 100 noisy copies, which select the model")
     parser.flag("--log-every", positive, "steps between log rows")
     parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
+    parser.flag("--export", str, "write the finished classifier to this file, as timm's VisionTransformer wants it, and exit")
     parser.flag("--out", str, "run directory")
     parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
     parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
@@ -385,6 +390,29 @@ def evaluate(model, images, sigma, draws, batch, seed, rank, world, device, work
     return [round(share, 6) for share in totals.tolist()[:3 if draws else 2]] + [None] * (not draws)
 
 
+def export(source, path):
+    """Write a fine-tuned classifier for timm: VisionTransformer(**file["model_args"]).load_state_dict(file["state_dict"]).
+
+    The names are timm's already; a linear probe's BatchNorm is folded into its linear layer. timm's models take images that
+    are resized and normalised beforehand: "mean", "std" and "img_size" say how.
+    """
+    checkpoint = read_checkpoint(source, "finetune")
+    config, state = checkpoint["config"], dict(checkpoint["model"])
+    if config.get("probe"):
+        mean, variance = state.pop("head.0.running_mean"), state.pop("head.0.running_var")
+        del state["head.0.num_batches_tracked"]
+        weight, bias = state.pop("head.1.weight"), state.pop("head.1.bias")
+        state["head.weight"] = weight / (variance + 1e-6).sqrt()
+        state["head.bias"] = bias - state["head.weight"] @ mean
+    arguments = dict(img_size=config["image_size"], patch_size=config["patch_size"], in_chans=config["channels"],
+                     num_classes=config["num_classes"], embed_dim=config["dim"], depth=config["depth"],
+                     num_heads=config["heads"], mlp_ratio=config.get("mlp_ratio", 4.0),
+                     global_pool="avg" if config.get("pool", "mean") == "mean" else "token")
+    content = dict(state_dict=state, model_args=arguments, mean=config["mean"], std=config["std"],
+                   classes=checkpoint["data"]["classes"], sigma=checkpoint["sigma"])
+    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,6 +421,10 @@ def evaluate(model, images, sigma, draws, batch, seed, rank, world, device, work
 @command
 def main(argv):
     args, checkpoint = parse(argv)
+    name = f"finetune_sigma_{args.sigma:g}"
+    if args.export:
+        export(f"{args.out}/{name}.pt", args.export)
+        return print(f"wrote {args.export}")
     rank, world, device = start_processes(args.device)
     say = print if rank == 0 else lambda *_: None
 
@@ -418,8 +450,8 @@ def main(argv):
     torch.manual_seed(args.seed)
     normalisation = choose("normalisation", args.normalisation, NORMALISATION)
     require(len(normalisation["mean"]) == channels, f"--normalisation {args.normalisation} is not for {channels} channels")
-    model = build_vit(args.model, len(train.classes), pool="cls" if args.linear_probe else "mean", probe=args.linear_probe,
-                      drop_path=args.drop_path, **normalisation)
+    model = build_vit(args.model, len(train.classes), image_size=args.model_size or args.image_size, probe=args.linear_probe,
+                      pool="cls" if args.linear_probe else "mean", drop_path=args.drop_path, **normalisation)
     if checkpoint:
         missing, left = load_encoder(model, args.init)
         say(f"{args.init} ({args.dataset}, {args.model}): starting anew {', '.join(missing) or 'nothing'}; "
@@ -471,8 +503,7 @@ def main(argv):
         return optimizer.step()
 
     # run directory
-    run = Run(args.out, f"finetune_sigma_{args.sigma:g}", settings, FREE, rank, world, resume=args.resume,
-              overwrite=args.overwrite)
+    run = Run(args.out, name, settings, FREE, rank, world, resume=args.resume, overwrite=args.overwrite)
     if run.done:
         return say(f"{run.result} is done; --out elsewhere, or --overwrite to do it again")
     state, start, best = run.load(), 0, None

@@ -351,8 +351,8 @@ def cost(loss_of_batch, model, images):
     activations = sum(size for storage, size in kept.items() if storage not in own) / 2**30
     weights = sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters()) / 2**30
     there, back = (counter.get_total_flops() / images / 1e9 for counter in (forward, backward))
-    return (f"{there:.3g} GFLOP an image forwards, {back:.3g} backwards; memory of a process about {weights + activations:.3g} GiB: "
-            f"{weights:.3g} for weights, gradients and optimizer, {activations:.3g} for the activations of {images} images")
+    return (f"{there:.3g} GFLOP an image forwards, {back:.3g} backwards; memory of a process about {weights + activations:.3g} "
+            f"GiB: {weights:.3g} for weights, gradients and optimizer, {activations:.3g} for {images} images' activations")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,7 +547,6 @@ def require(condition, message):
         raise UsageError(message)
 
 def choose(kind, name, table):
-    """table[name], or an error that offers the closest name."""
     close = difflib.get_close_matches(str(name), table, n=1)
     require(name in table, f"unknown {kind} {name!r}: {f'did you mean {close[0]!r}?' if close else list(table)}")
     return table[name]
@@ -570,8 +569,7 @@ def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
     def convert(text):
         if above < kind(text) < below and least <= kind(text):
             return kind(text)
-        limits = (("above", above), ("at least", least), ("below", below))
-        limits = [f"{word} {limit:g}" for word, limit in limits if abs(limit) < math.inf]
+        limits = [f"{word} {x:g}" for word, x in (("above", above), ("at least", least), ("below", below)) if abs(x) < math.inf]
         raise argparse.ArgumentTypeError(f"must be {' and '.join(limits) or 'finite'}, not {text}")
     convert.__name__ = kind.__name__
     return convert

@@ -124,7 +124,8 @@ RECIPES = {
         dataset="cifar10",
         data_path="data",
         model="vit_base_patch16",
-        image_size=32,                     # the model resizes to 224
+        image_size=32,
+        model_size=224,                    # the model resizes
         normalisation="cifar10",
         holdout=0.04,
         augment="flip",
@@ -157,6 +158,7 @@ def parse(argv):
     parser.flag("--model", str, ", ".join(SIZES))
     parser.flag("--sigma", not_negative, "standard deviation of the noise, for pixels in [0, 1]")
     parser.flag("--mask-ratio", number(float, least=0, below=1), "share of the patches that are dropped")
+    parser.flag("--model-size", positive, "resolution to which the model resizes, in pixels (None: not at all)")
     parser.flag("--loss-on", str, "all patches (DMAE) or the dropped ones (MAE)", choices=("all", "dropped"))
     parser.flag("--norm-pix", bool, "standardise each target patch")
     parser.flag("--init", str, "pre-training checkpoint to start from (optimizer and schedule start anew)")
@@ -235,7 +237,8 @@ def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
     output = F.interpolate(reconstruct(model, clean, prediction), clean.shape[-2:])
     rows = {"clean": clean, f"noise\n$\\sigma$ = {sigma:g}": noisy,
             f"and {mask_ratio:.0%}\ndropped:\nthe input": noisy * (1 - mask) + 0.5 * mask, "recon-\nstruction": output}
-    figure, axes = plt.subplots(len(rows), len(clean), figsize=(len(clean), 1.08 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), len(clean), figsize=(len(clean), len(rows)), squeeze=False,
+                                gridspec_kw=dict(wspace=0.06, hspace=0.06))
     for line, (title, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
         for axis, image in zip(line, rearrange(images.float().cpu().clamp(0, 1), "b c h w -> b h w c"), strict=True):
@@ -247,8 +250,9 @@ def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
 def draw_loss(path, rows):
     figure, axis = plt.subplots(figsize=(6, 3.6))
     axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#0072b2")
-    axis.set(xlabel="optimizer step", ylabel="reconstruction loss\n(mean square, normalised pixels)", yscale="log")
-    axis.grid(alpha=0.3, which="both")
+    axis.set(xlabel="optimizer step", ylabel="reconstruction loss\n(mean square, normalised pixels)")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
     save_figure(figure, path)
 
 
@@ -282,7 +286,11 @@ def main(argv):
 
     # model
     torch.manual_seed(args.seed)
-    model = build_dmae(args.model, norm_pix=args.norm_pix, loss_on=args.loss_on, **NORMALISATION[args.normalisation])
+    normalisation = NORMALISATION[args.normalisation]
+    require(len(normalisation["mean"]) == size["channels"],
+            f"--normalisation {args.normalisation} is not for {size['channels']} channels")
+    model = build_dmae(args.model, image_size=args.model_size or args.image_size, norm_pix=args.norm_pix, loss_on=args.loss_on,
+                       **normalisation)
     require(int(math.prod(model.grid) * (1 - args.mask_ratio)) > 0, f"--mask-ratio {args.mask_ratio} keeps no patch at all")
     settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
     if args.init:

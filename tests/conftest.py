@@ -7,6 +7,8 @@ import finetune
 import pretrain
 from model import build_dmae, build_vit
 
+torch.set_num_threads(1)                         # threads that wait for each other on a busy machine are many times slower
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -40,9 +42,9 @@ def make_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def folder32(make_folder):
-    """Class folders of 18 + 6 pictures, 3 x 32 x 32, of 3 classes."""
-    return make_folder()
+def folder8(make_folder):
+    """Class folders of 3 x 40 training and 3 x 5 test pictures, 1 x 8 x 8: as large as digits, but soon evaluated."""
+    return make_folder(8, train=40, test=5, grey=True)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def same_weights(a, b):
 
 def test_learning_rate_at_its_corners():
     rate = [learning_rate(step, 100, 20, 3.0, 0.5) for step in range(101)]
-    assert (rate[0], rate[10], rate[20]) == (0, 1.5, 3.0)
+    assert rate[:21:10] == [0, 1.5, 3.0]
     assert rate[60] == pytest.approx((3.0 + 0.5) / 2) and rate[40] == pytest.approx(0.5 + 2.5 * (2 + math.sqrt(2)) / 4)
     assert rate[100] == pytest.approx(0.5)
     assert rate[:21] == sorted(rate[:21]) and rate[20:] == sorted(rate[20:], reverse=True)
@@ -87,11 +88,12 @@ def test_every_step_takes_the_same_images_on_any_number_of_processes_and_none_tw
     device_batch, accumulate = share_batch(batch, world, largest)
     taken = collections.defaultdict(list)
     for rank in range(world):
-        micro_batches = list(training_positions(size, batch, device_batch, 0, steps, seed, rank, world))
+        micro_batches, later = (list(training_positions(size, batch, device_batch, start, steps, seed, rank, world))
+                                for start in (0, 7))
         assert [len(micro) for micro in micro_batches] == [device_batch] * accumulate * steps
+        assert later == micro_batches[7 * accumulate:]
         for i, micro in enumerate(micro_batches):
             taken[i // accumulate] += micro
-        assert list(training_positions(size, batch, device_batch, 7, steps, seed, rank, world)) == micro_batches[7 * accumulate:]
     for step in range(steps):
         order = epoch_draws(size, seed, step // 5)[0].tolist()                            # 5 steps of 8 in 45 images
         assert sorted(order) == list(range(size))
@@ -105,7 +107,7 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
     for (seed, epoch), (order, uniforms) in draws.items():
         again = epoch_draws(50, seed, epoch)
         assert torch.equal(again[0], order) and torch.equal(again[1], uniforms)
-        assert uniforms.shape == (50, 4) and 0 <= uniforms.min() and uniforms.max() < 1
+        assert uniforms.shape == (50, 4) and uniforms.min() >= 0 and uniforms.max() < 1
 
 
 @pytest.mark.parametrize("shift, flip", [(0, False), (0, True), (1, False), (2, True)])
@@ -119,7 +121,7 @@ def test_shift_and_flip_is_crop_of_the_padded_image(shift, flip):
         mirrored = flip and u[2] < 0.5
         assert (out == (crop[:, :, ::-1] if mirrored else crop)).all()
         seen.add((y, x, bool(mirrored)))
-    assert len(seen) > 0.8 * min(64, (2 * shift + 1) ** 2 * (1 + flip)) * 0.7 and result.dtype == np.uint8
+    assert len(seen) > (2 * shift + 1) ** 2 * (1 + flip) / 2 and result.dtype == np.uint8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,11 +161,12 @@ def test_a_few_labels_are_so_many_of_each_class_and_fixed_by_the_seed():
     train = open_images("digits", None, "train", 8, 1, 0.1)
     of = {train.pixels[i].numpy().tobytes(): int(train.labels[i]) for i in range(len(train))}
     few, again, other = (few_labels(train, 4, seed) for seed in (0, 0, 1))
-    assert collections.Counter(few.labels.tolist()) == dict.fromkeys(range(10), 4)
-    assert all(of[few.pixels[i].numpy().tobytes()] == few.labels[i] for i in range(40))
-    assert len({few.pixels[i].numpy().tobytes() for i in range(40)}) == 40
+    chosen = [(pixels.numpy().tobytes(), int(label)) for pixels, label in zip(few.pixels, few.labels, strict=True)]
+    assert all(of[pixels] == label for pixels, label in chosen)
+    assert collections.Counter(label for _, label in set(chosen)) == dict.fromkeys(range(10), 4)
+    assert max(collections.Counter(chosen).values()) - min(collections.Counter(chosen).values()) <= 1
     assert torch.equal(few.pixels, again.pixels) and not torch.equal(few.pixels, other.pixels)
-    assert few.epoch == len(train)
+    assert len(few) == len(train)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,8 +320,10 @@ def test_pre_training_recipes_hold_the_papers_values(name, expected):
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("imagenet-base", dict(model="vit_base_patch16", epochs=100, base_lr=5e-4, layer_decay=0.65, drop_path=0.1, consistency=2.0)),
-    ("imagenet-large", dict(model="vit_large_patch16", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2, consistency=0.0)),
+    ("imagenet-base", dict(model="vit_base_patch16", epochs=100, base_lr=5e-4, layer_decay=0.65, drop_path=0.1,
+                           consistency=2.0)),
+    ("imagenet-large", dict(model="vit_large_patch16", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2,
+                            consistency=0.0)),
     ("cifar10-transfer", dict(model="vit_base_patch16", epochs=50, base_lr=5e-4, layer_decay=0.65, drop_path=0.1, batch=256,
                               consistency=2.0, augment="flip", mixup=0.0, cutmix=0.0, erasing=0.0, image_size=32))])
 def test_fine_tuning_recipes_hold_the_papers_values(name, expected):
@@ -332,42 +337,53 @@ def test_fine_tuning_recipes_hold_the_papers_values(name, expected):
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------------
 
-PRETRAIN = ["--device", "cpu", "--batch", "64", "--epochs", "1", "--warmup-epochs", "0.5", "--log-every", "3",
-            "--save-every", "6"]                                                          # 20 steps
-FINETUNE = ["--device", "cpu", "--sigma", "0.25", "--batch", "128", "--epochs", "2", "--warmup-epochs", "0.5", "--vote-every",
-            "1", "--log-every", "3", "--save-every", "4", "--drop-path", "0.2", "--consistency", "1", "--mixup", "0.8",
-            "--cutmix", "1"]                                                              # 20 steps, all kinds of randomness
-STAGES = {"pretrain": (pretrain, PRETRAIN), "finetune": (finetune, FINETUNE)}
+COMMON = ["--device", "cpu", "--batch", "10", "--epochs", "2", "--warmup-epochs", "1", "--augment", "shift", "--log-every", "3"]
+PRETRAIN = [*COMMON, "--dataset", "folder", "--image-size", "8", "--holdout", "20", "--mask-ratio", "0.5", "--save-every", "6",
+            "--base-lr", "0.02", "--norm-pix"]                                                          # 2 x 10 steps
+FINETUNE = [*COMMON, "--sigma", "0.25", "--vote-every", "1", "--save-every", "4", "--drop-path", "0.2", "--consistency", "1",
+            "--mixup", "0.8", "--cutmix", "1", "--layer-decay", "0.75"]                   # all kinds of randomness
+STAGES = ("pretrain", "finetune")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_run):
-    """{stage: (main, arguments, run directory, stem of its files)} of runs that nothing interrupted."""
-    runs = {}
-    for name, (stage, arguments) in STAGES.items():
-        out = tmp_path_factory.mktemp(name)
-        arguments = arguments + (["--init", str(tiny_run / "pretrain.pt")] if name == "finetune" else [])
+def undisturbed(tmp_path_factory, folder8):
+    """{stage: (module, arguments, run directory, stem of its files)} of runs that nothing interrupted."""
+    outs = {name: tmp_path_factory.mktemp(name) for name in STAGES}
+    runs = {"pretrain": (pretrain, [*PRETRAIN, "--data-path", str(folder8)], outs["pretrain"], "pretrain"),
+            "finetune": (finetune, [*FINETUNE, "--init", str(outs["pretrain"] / "pretrain.pt")], outs["finetune"],
+                         "finetune_sigma_0.25")}
+    for stage, arguments, out, _ in runs.values():
         stage.main([*arguments, "--out", str(out)])
-        runs[name] = stage, arguments, out, {"pretrain": "pretrain", "finetune": "finetune_sigma_0.25"}[name]
     return runs
+
+
+def blank_subplots(rows=1, columns=1, **_):
+    """Pictures take most of a short run's time: these are empty files."""
+    axes = np.array([[Mock() for _ in range(columns)] for _ in range(rows)])
+    return Mock(savefig=lambda path, **_: Path(path).write_bytes(b"")), axes if axes.size > 1 else axes[0, 0]
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(pretrain, "plt", Mock(subplots=blank_subplots))
 
 
 def test_log_has_a_row_every_so_often_with_the_scheduled_rate_and_a_falling_loss(undisturbed):
     _, _, out, stem = undisturbed["pretrain"]
     log = rows(out / f"{stem}.jsonl")
     assert [row["step"] for row in log] == [3, 6, 9, 12, 15, 18, 20]
-    peak, warmup, steps = 4e-3 * 64 / 256 * pretrain.RECIPES["digits"]["base_lr"] / 4e-3, 10, 20
+    peak, warmup, steps = 0.02 * 10 / 256, 10, 20
     for row in log:
         step = row["step"] - 1
-        expected = peak * (step / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2)
-        assert row["lr"] == pytest.approx(expected) and math.isfinite(row["loss"])
-        assert row["epoch"] == pytest.approx(row["step"] / 20, abs=1e-4)
+        cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        assert row["lr"] == pytest.approx(peak * (step / warmup if step < warmup else cosine))
+        assert row["epoch"] == pytest.approx(row["step"] / 10, abs=1e-4)
     assert log[-1]["loss"] < log[0]["loss"]
     times = [json.loads(line)["time"] for line in (out / f"{stem}.jsonl").read_text().splitlines()]
     assert times == sorted(times) and times[-1] > 0
 
 
-def test_log_rows_average_the_steps_since_the_row_before(undisturbed, tmp_path):
+def test_log_rows_average_the_steps_since_the_row_before(undisturbed, undrawn, tmp_path):
     _, arguments, out, _ = undisturbed["pretrain"]
     pretrain.main([*arguments, "--log-every", "1", "--out", str(tmp_path)])
     single = [row["loss"] for row in rows(tmp_path / "pretrain.jsonl")]
@@ -383,7 +399,7 @@ def test_fine_tuning_logs_held_out_accuracies_and_keeps_the_best_voting_epoch(un
     assert [row["epoch"] for row in held] == [1, 2] and len(test) == 1
     assert test[0]["epoch"] == max(held, key=lambda row: (row["vote"], row["epoch"]))["epoch"]
     for row in held + test:
-        images = 144 if row in held else 360
+        images = 20 if row in held else 15
         for key in ("clean", "noisy", "vote"):
             assert round(row[key] * images) == pytest.approx(row[key] * images, abs=1e-3)
     assert [row["step"] for row in log if "loss" in row] == [3, 6, 9, 10, 12, 15, 18, 20]
@@ -421,10 +437,11 @@ def test_the_kept_classifier_has_the_accuracy_that_the_log_says(tiny_run):
     assert logged["split"] == "test" and logged["clean"] == pytest.approx((guess == digits.target[-360:]).mean(), abs=1e-5)
 
 
-def test_a_linear_probe_trains_its_head_alone(tiny_run, tmp_path):
-    finetune.main(["--linear-probe", "--sigma", "0.25", "--init", str(tiny_run / "pretrain.pt"), "--epochs", "2",
-                   "--warmup-epochs", "0.5", "--vote-every", "2", "--out", str(tmp_path), "--device", "cpu"])
-    before = torch.load(tiny_run / "pretrain.pt", weights_only=True)["model"]
+def test_a_linear_probe_trains_its_head_alone(undisturbed, tmp_path):
+    init = undisturbed["pretrain"][2] / "pretrain.pt"
+    finetune.main([*COMMON, "--linear-probe", "--sigma", "0.25", "--base-lr", "200", "--init", str(init), "--out",
+                   str(tmp_path)])
+    before = torch.load(init, weights_only=True)["model"]
     after = torch.load(tmp_path / "finetune_sigma_0.25.pt", weights_only=True)["model"]
     head = {key for key in after if key not in before}
     assert head == {"head.1.weight", "head.1.bias", "head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked"}
@@ -433,11 +450,11 @@ def test_a_linear_probe_trains_its_head_alone(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_noise_of_sigma_comes_after_mixing_and_differs_between_copies(monkeypatch, tmp_path, copies):
+def test_noise_of_sigma_comes_after_mixing_and_differs_between_copies(monkeypatch, tmp_path, folder8, copies):
     inputs, build = [], finetune.build_vit
 
     def grey(*_):
-        return lambda images, labels: (images * 0 + 0.5, F.one_hot(labels, 10).float())
+        return lambda images, labels: (images * 0 + 0.5, F.one_hot(labels, 3).float())
 
     def watched(*args, **kwargs):
         vit = build(*args, **kwargs)
@@ -446,12 +463,12 @@ def test_noise_of_sigma_comes_after_mixing_and_differs_between_copies(monkeypatc
 
     monkeypatch.setattr(finetune, "make_mix", grey)
     monkeypatch.setattr(finetune, "build_vit", watched)
-    finetune.main(["--init", "scratch", "--sigma", "0.4", "--epochs", "0.3", "--consistency", str(copies - 1), "--out",
-                   str(tmp_path), "--device", "cpu"])
-    assert len(inputs) == 3 and all(x.shape == (128 * copies, 1, 8, 8) for x in inputs)
+    finetune.main(["--init", "scratch", "--sigma", "0.4", "--dataset", "folder", "--data-path", str(folder8), "--batch", "32",
+                   "--epochs", "1", "--consistency", str(copies - 1), "--out", str(tmp_path), "--device", "cpu"])
+    assert len(inputs) == 3 and all(x.shape == (32 * copies, 1, 8, 8) for x in inputs)
     noise = torch.stack(inputs) - 0.5
-    assert noise.std() == pytest.approx(0.4, rel=0.03) and abs(noise.mean()) < 0.02
-    assert len({x.numpy().tobytes() for x in noise.flatten(0, 1)}) == 3 * 128 * copies
+    assert noise.std() == pytest.approx(0.4, rel=0.05) and abs(noise.mean()) < 0.03
+    assert len({x.numpy().tobytes() for x in noise.flatten(0, 1)}) == 3 * 32 * copies
 
 
 @pytest.mark.parametrize("side, augment", [(32, ("shift-flip", "shift-flip")), (80, ("resized-crop", "rand-augment"))])
@@ -477,8 +494,9 @@ def test_an_unreadable_picture_stops_the_run_with_its_name(monkeypatch, make_fol
         bad.write_bytes(bad.read_bytes()[:200])
     with pytest.raises(SystemExit) as stop:
         pretrain.main(["--recipe", "cifar10", "--dataset", "folder", "--data-path", str(root), "--image-size", str(side),
-                       "--model", "tiny_rgb", "--holdout", "3", "--augment", "none" if side == 32 else "resized-crop", "--batch",
-                       "15", "--epochs", "1", "--workers", str(workers), "--out", str(tmp_path / "run"), "--device", "cpu"])
+                       "--model", "tiny_rgb", "--holdout", "3", "--augment", "none" if side == 32 else "resized-crop",
+                       "--batch", "15", "--epochs", "1", "--workers", str(workers), "--out", str(tmp_path / "run"),
+                       "--device", "cpu"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code not in (0, None) and "class_1/" in error and error.startswith("pretrain.py: error:")
     assert not (tmp_path / "run" / "pretrain.pt").exists()
@@ -518,7 +536,7 @@ def stop_at(monkeypatch, stage, step, how):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("stops", [[(0, signal.SIGTERM)], [(2, "kill")], [(7, signal.SIGINT), (13, "kill")], [(10, "tear")],
                                    [(19, signal.SIGTERM)], [(16, "tear"), (16, "kill")]], ids=str)
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(monkeypatch, undisturbed, tmp_path, capsys, stage, stops):
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(monkeypatch, undisturbed, undrawn, tmp_path, capsys, stage, stops):
     module, arguments, undisturbed_out, stem = undisturbed[stage]
     for step, how in stops:
         with monkeypatch.context() as patch, pytest.raises((SystemExit, Killed)) as stop:
@@ -550,10 +568,11 @@ def test_a_repeated_command_says_that_it_is_done_and_changes_nothing(undisturbed
 @pytest.mark.parametrize("stage, change, named", [
     ("pretrain", ["--seed", "3", "--mask-ratio", "0.25"], ("seed 0 -> 3", "mask_ratio 0.5 -> 0.25")),
     ("pretrain", ["--no-norm-pix"], ("norm_pix True -> False",)),
-    ("finetune", ["--layer-decay", "0.5", "--labels-per-class", "5"], ("layer_decay", "labels_per_class None -> 5"))])
+    ("finetune", ["--layer-decay", "0.5", "--labels-per-class", "5"],
+     ("layer_decay 0.75 -> 0.5", "labels_per_class None -> 5"))])
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_settings_are_refused_by_name_and_leave_the_run_alone(monkeypatch, undisturbed, tmp_path, capsys, stage, change,
-                                                                    named, finished):
+def test_other_settings_are_refused_by_name_and_leave_the_run_alone(monkeypatch, undisturbed, undrawn, tmp_path, capsys,
+                                                                    stage, change, named, finished):
     module, arguments, out, stem = undisturbed[stage]
     if not finished:
         out = tmp_path
@@ -570,49 +589,53 @@ def test_other_settings_are_refused_by_name_and_leave_the_run_alone(monkeypatch,
     assert contents(out) == before
 
 
-def test_other_weights_to_start_from_are_other_settings(undisturbed, tiny_run, tmp_path, capsys):
+def test_other_weights_to_start_from_are_other_settings_but_another_place_is_not(undisturbed, tmp_path, capsys):
     _, arguments, out, _ = undisturbed["finetune"]
-    assert arguments[-2] == "--init"
-    with pytest.raises(SystemExit) as stop:
-        finetune.main([*arguments[:-1], str(undisturbed["pretrain"][2] / "pretrain.pt"), "--out", str(out)])
-    assert stop.value.code == 2 and "init" in capsys.readouterr().err
+    content = torch.load(arguments[-1], weights_only=True)
     moved = tmp_path / "moved.pt"
-    moved.write_bytes((tiny_run / "pretrain.pt").read_bytes())
+    moved.write_bytes(Path(arguments[-1]).read_bytes())
     finetune.main([*arguments[:-1], str(moved), "--out", str(out)])
     assert "is done" in capsys.readouterr().out
+    torch.save(content | {"step": 3}, moved)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main([*arguments[:-1], str(moved), "--out", str(out)])
+    assert stop.value.code == 2 and "init" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_is_left_alone_when_told_never_to_resume(monkeypatch, tmp_path, capsys):
+def test_an_unfinished_run_is_left_alone_when_told_never_to_resume(monkeypatch, undisturbed, undrawn, tmp_path, capsys):
+    arguments = [*undisturbed["pretrain"][1], "--out", str(tmp_path)]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, pretrain, 2, signal.SIGTERM)
-        pretrain.main([*PRETRAIN, "--out", str(tmp_path)])
+        pretrain.main(arguments)
     before = contents(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        pretrain.main([*PRETRAIN, "--resume", "never", "--out", str(tmp_path)])
+        pretrain.main([*arguments, "--resume", "never"])
     assert stop.value.code == 2 and "unfinished" in capsys.readouterr().err and contents(tmp_path) == before
 
 
-def test_overwriting_starts_anew_and_spares_the_other_stage(undisturbed, tmp_path):
+def test_overwriting_starts_anew_and_spares_the_other_stage(undisturbed, undrawn, tmp_path):
     _, arguments, out, _ = undisturbed["pretrain"]
     for name, value in contents(out).items():
         (tmp_path / name).write_bytes(value)
-    finetune.main(["--sigma", "0.5", "--epochs", "0.2", "--out", str(tmp_path), "--device", "cpu"])
+    tune = ["--device", "cpu", "--sigma", "0.5", "--batch", "10", "--out", str(tmp_path)]
+    finetune.main([*tune, "--epochs", "0.2"])
     first = contents(tmp_path)
-    finetune.main(["--sigma", "0.5", "--epochs", "0.3", "--seed", "2", "--overwrite", "--out", str(tmp_path), "--device", "cpu"])
+    finetune.main([*tune, "--epochs", "0.3", "--seed", "2", "--overwrite"])
     second = contents(tmp_path)
     changed = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     assert changed == {f"finetune_sigma_0.5.{end}" for end in ("json", "jsonl", "pt")}
-    assert [row["step"] for row in rows(tmp_path / "finetune_sigma_0.5.jsonl")][0] == 3
+    assert {row["step"] for row in rows(tmp_path / "finetune_sigma_0.5.jsonl")} == {3}
     pretrain.main([*arguments, "--seed", "4", "--overwrite", "--out", str(tmp_path)])
     assert not same_weights(tmp_path / "pretrain.pt", out / "pretrain.pt")
     assert len(rows(tmp_path / "pretrain.jsonl")) == 7
+    assert all(contents(tmp_path)[name] == second[name] for name in changed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes: this file is also the script that torchrun starts
 # ---------------------------------------------------------------------------------------------------------------------
 
-BATCH, SEED = 96, 7                                                          # 13 steps an epoch, of which 0.4 makes five
+BATCH, SEED = 96, 7                                                                      # one step an epoch
 
 
 def share_of_global_noise(images, patches, *position, real=pretrain.draw_corruption):
@@ -627,36 +650,37 @@ def share_of_global_noise(images, patches, *position, real=pretrain.draw_corrupt
     return noise[part], torch.rand(BATCH, patches, generator=generator)[part]
 
 
-def five_steps(out):
+def five_steps(out, folder):
     """Into folders of `out`, in float64: pre-training, the same with accumulation, fine-tuning; and a batch of no use."""
     torch.set_default_dtype(torch.float64)
     pretrain.draw_corruption = share_of_global_noise
-    common = ["--device", "cpu", "--seed", str(SEED), "--batch", str(BATCH), "--epochs", "0.4", "--warmup-epochs", "0.1",
-              "--log-every", "2"]
+    common = ["--device", "cpu", "--dataset", "folder", "--data-path", str(folder), "--seed", str(SEED), "--batch", str(BATCH),
+              "--epochs", "5", "--warmup-epochs", "1", "--log-every", "2", "--augment", "shift"]
+    tune = ["--init", "scratch", "--sigma", "0", "--consistency", "1", "--vote-every", "5"]
     pretrain.main([*common, "--out", f"{out}/plain"])
     pretrain.main([*common, "--device-batch", "16", "--out", f"{out}/accumulated"])
-    finetune.main([*common, "--device-batch", "16", "--init", "scratch", "--sigma", "0", "--consistency", "1", "--out",
-                   f"{out}/finetuned"])
+    finetune.main([*common, *tune, "--device-batch", "16", "--out", f"{out}/finetuned"])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        for stage, more in ((pretrain, []), (finetune, ["--sigma", "0.25", "--init", "scratch"])):
+        for stage, more in ((pretrain, []), (finetune, tune)):
             try:
                 stage.main([*common, *more, "--batch", "97", "--out", f"{out}/indivisible"])
+                raise AssertionError("a batch of 97 was taken")
             except SystemExit as stop:
                 assert stop.code == 2
 
 
-def torchrun(processes, *arguments, **more):
+def torchrun(processes, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([*TORCHRUN, f"--nproc_per_node={processes}", *map(str, arguments)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.soak)])
-def test_several_processes_train_as_one_with_the_same_batch(monkeypatch, tmp_path, processes):
-    workers = torchrun(processes, __file__, tmp_path / "many")
+def test_several_processes_train_as_one_with_the_same_batch(monkeypatch, undrawn, tmp_path, folder8, processes):
+    workers = torchrun(processes, __file__, tmp_path / "many", folder8)
     monkeypatch.setattr(pretrain, "draw_corruption", pretrain.draw_corruption)
     try:
-        five_steps(tmp_path / "one")
+        five_steps(tmp_path / "one", folder8)
     finally:
         torch.set_default_dtype(torch.float32)
     output = workers.communicate(timeout=300)[0]
@@ -669,14 +693,14 @@ def test_several_processes_train_as_one_with_the_same_batch(monkeypatch, tmp_pat
             torch.testing.assert_close(many["model"][key], value, rtol=0, atol=1e-9, msg=f"{name}: {key}")
         for a, b in zip(*(rows(tmp_path / which / f"{name}.jsonl") for which in ("one", "many")), strict=True):
             assert a == pytest.approx(b, abs=1e-9)
-    start, end = (torch.load(tmp_path / "one" / name / "pretrain.pt", weights_only=True)["model"]["blocks.0.mlp.fc1.weight"]
-                  for name in ("plain", "accumulated"))
-    torch.testing.assert_close(start, end, rtol=0, atol=1e-9)
-    assert "97" in output and not (tmp_path / "many" / "indivisible").exists()
+    plain, accumulated = (read_checkpoint(tmp_path / f"one/{name}/pretrain.pt")["model"] for name in ("plain", "accumulated"))
+    for key, value in plain.items():
+        torch.testing.assert_close(accumulated[key], value, rtol=0, atol=1e-9, msg=key)
+    assert "97 cannot be divided by" in output and not (tmp_path / "many" / "indivisible").exists()
 
 
-def test_two_processes_agree_on_where_a_signal_stops_them_and_one_continues(monkeypatch, tmp_path):
-    arguments = ["--device", "cpu", "--batch", "64", "--epochs", "60", "--log-every", "2", "--out", str(tmp_path)]
+def test_two_processes_agree_on_where_a_signal_stops_them_and_one_continues(monkeypatch, undisturbed, undrawn, tmp_path):
+    arguments = [*undisturbed["pretrain"][1], "--epochs", "120", "--log-every", "2", "--out", str(tmp_path)]
     workers = torchrun(2, Path(pretrain.__file__), *arguments)
     log, deadline = tmp_path / "pretrain.jsonl", time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 3):
@@ -696,4 +720,5 @@ def test_two_processes_agree_on_where_a_signal_stops_them_and_one_continues(monk
 
 
 if __name__ == "__main__":
-    five_steps(sys.argv[1])
+    pretrain.plt = Mock(subplots=blank_subplots)
+    five_steps(*sys.argv[1:])
