@@ -2,7 +2,7 @@
 
     python certify.py --sigma 0.25                                      # digits, two CPU cores: about a minute
     python certify.py --sigma 0.25 --images mine.png                    # your own pictures
-    torchrun --nproc_per_node=8 certify.py --sigma 0.5 --recipe imagenet-base
+    torchrun --nproc_per_node=8 -- certify.py --sigma 0.5 --recipe imagenet-base --n 10000      # --: else torchrun eats --n
     python certify.py --sigma 0.5 --recipe cifar10 --shard 0/16         # one job of an array of 16
     python certify.py --sigma 0.5 --recipe cifar10 --sequential         # same guarantee, a fraction of the draws
     python certify.py --sigma 0.5 --classifier mine.py:f --dataset cifar10 --data-path data     # any network
@@ -22,7 +22,6 @@ processes, their order, or interruptions. Bit for bit that holds on one type of 
 depend on the batch and the device, so that a logit's last bits, and so a few counts in 100 000, may differ.
 """
 
-import argparse
 import importlib.util
 import itertools
 import math
@@ -108,8 +107,8 @@ def log_e_value(k, n, p):
 
 def anytime_lower_bound(k, n, alpha):
     """The p where log_e_value(k, n, p) crosses log(1/alpha): P[p <= P(success), at every look] >= 1 - alpha."""
-    low, high = 0.0, k / n
-    for _ in range(60):
+    low, high = 0.0, k / n                                            # k = 0: no evidence, 0
+    for _ in range(60 if k else 0):
         middle = (low + high) / 2
         low, high = (middle, high) if log_e_value(k, n, middle) >= -math.log(alpha) else (low, middle)
     return low
@@ -184,6 +183,9 @@ class GaussianNoise:
     def __init__(self, sigma):
         self.sigma = sigma
 
+    def admit(self, x):
+        return x
+
     def __call__(self, x, generator, out):
         """Fill `out` (CHUNK, C, H, W) with noisy copies of x (C, H, W); returns which copies may count."""
         torch.randn(out.shape, generator=generator, out=out, device=out.device)
@@ -209,14 +211,18 @@ class GridNoise:
         table = np.round(norm.cdf((steps + 0.5) / (sigma * levels)) * 2**self.BITS).astype(np.int64)
         self.table, self.reach = torch.from_numpy(table).to(device), reach
 
+    def admit(self, x):
+        """x, if it is on the grid."""
+        require((torch.round(x * self.levels) - x * self.levels).abs().max() < 1e-3,
+                f"--sound needs images on the grid 1/{self.levels}")
+        return x
+
     def __call__(self, x, generator, out):
-        base = torch.round(x * self.levels)
-        require((base - x * self.levels).abs().max() < 1e-3, f"the image is not on the grid 1/{self.levels}")
         bits = torch.randint(2**self.BITS, out.shape, generator=generator, device=out.device)
         place = torch.searchsorted(self.table, bits, right=True)                          # table[place - 1] <= bits
         sure = ((bits - self.table[(place - 1).clamp(min=0)]).abs() > self.SLACK) \
             & ((bits - self.table[place.clamp(max=len(self.table) - 1)]).abs() > self.SLACK)
-        out.copy_((base + (place - self.reach)) / self.levels)
+        out.copy_((torch.round(x * self.levels) + (place - self.reach)) / self.levels)
         return sure.flatten(1).all(dim=1)
 
 
@@ -227,6 +233,8 @@ def count_classes(classifier, requests, noise, batch=CHUNK):
     requests: [(x (C, H, W), generator, copies), ...]. All images' copies share batches, in chunks; every batch has the same
     shape, the last one padded. Counts stay on the device: this function's end is its only synchronisation.
     """
+    if batch % CHUNK and CHUNK % batch:
+        raise ValueError(f"the batch must be a multiple or a divisor of {CHUNK}, not {batch}")
     x = requests[0][0]
     chunks = [(row, request, min(CHUNK, request[2] - drawn))
               for row, request in enumerate(requests) for drawn in range(0, request[2], CHUNK)]
@@ -252,7 +260,7 @@ class Trial:
     """One image on its way to a certificate."""
 
     def __init__(self, index, x, seed):
-        self.index, self.x, self.start = index, x, time.time()
+        self.index, self.x, self.seconds = index, x, 0.0
         self.streams = [generator_for(seed, index, phase, x.device) for phase in (0, 1)]
         self.top, self.k, self.n, self.bound, self.done = None, 0, 0, 0.0, False
 
@@ -282,11 +290,13 @@ def certify_all(classifier, images, noise, n0, rule, seed=0, batch=CHUNK):
     images, pool = iter(images), []
     room = max(1, 4 * batch // CHUNK) if isinstance(rule, Sequential) else max(1, batch // CHUNK)
     while True:
-        pool += [Trial(index, x, seed) for index, x in itertools.islice(images, room - len(pool))]
+        pool += [Trial(index, noise.admit(x), seed) for index, x in itertools.islice(images, room - len(pool))]
         if not pool:
             return
-        counts = count_classes(classifier, [trial.request(n0, rule) for trial in pool], noise, batch)
-        for trial, row in zip(pool, counts, strict=True):
+        start, requests = time.time(), [trial.request(n0, rule) for trial in pool]
+        counts = count_classes(classifier, requests, noise, batch)
+        for trial, (_, _, copies), row in zip(pool, requests, counts, strict=True):
+            trial.seconds += (time.time() - start) * copies / sum(request[2] for request in requests)
             trial.absorb(row, rule)
         yield from (trial for trial in pool if trial.done)
         pool = [trial for trial in pool if not trial.done]
@@ -297,14 +307,16 @@ def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=
 
     classifier: any callable from (B, C, H, W) to logits (B, classes). With probability at least 1 - alpha over the noise
     (its stream is that of seed and index), g answers `prediction` wherever |d|_2 < radius. Put it into eval mode before.
+    Give every image an `index` of its own: images that share one share their noise.
     """
     (trial,) = certify_all(classifier, [(index, x)], GaussianNoise(sigma), n0, FixedN(n, alpha), seed, batch)
     return trial.certificate(sigma)
 
 
-def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
+def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK, noise=None):
     """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1 unless a two-sided binomial test tells the top two counts apart."""
-    counts = count_classes(classifier, [(x, generator_for(seed, index, 2, x.device), n)], GaussianNoise(sigma), batch)[0]
+    request = x, generator_for(seed, index, 2, x.device), n
+    counts = count_classes(classifier, [request], noise or GaussianNoise(sigma), batch)[0]
     order = counts.numpy().argsort(kind="stable")[::-1]
     first, second = (int(counts[c]) for c in order[:2])
     return int(order[0]) if binomtest(first, first + second, 0.5).pvalue <= alpha else ABSTAIN
@@ -342,10 +354,13 @@ def read_rows(path):
         kinds = dict(idx=int, label=int, predict=int, correct=int, count=int, n=int, time=str)
         rows = [{key: kinds.get(key, float)(value) for key, value in zip(header, line.split("\t"), strict=True)}
                 for line in lines[1:]]
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, IndexError) as error:
         raise UsageError(f"{path} is not a certification log: {error}") from None
-    named = re.search(r"(?:sigma|noise)_?(\d+(?:\.\d+)?)", str(path))
-    return [{"sigma": float(named[1]) if named else math.nan, "alpha": 0.001} | row for row in rows]
+    named = re.findall(r"(?:sigma|noise)_?(\d+(?:\.\d+)?)", str(path))
+    require("sigma" in header or named, f"{path} does not say its sigma: put it into its path, as in sigma_0.25")
+    return [{"sigma": float(named[-1]) if named else None, "alpha": 0.001} | row for row in rows]
 
 
 def excess(m, alpha, rho=0.001):
@@ -420,6 +435,8 @@ def table(summaries, radii, kind="text"):
 def plot(path, summaries, published=None):
     """Certified accuracy over the radius, with its lower bound; with the paper's baselines as marks."""
     figure, axis = plt.subplots(figsize=(6.4, 4))
+    kinds = figure.canvas.get_supported_filetypes()
+    require(Path(path).suffix[1:] in kinds, f"cannot draw {path}: its name must end in one of {', '.join(kinds)}")
     for one, colour in zip(summaries, itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"))):
         r = np.linspace(0, max(0.1, *one.radii * 1.02) if len(one.radii) else 0.1, 500)
         axis.plot(r, [100 * one.accuracy(x) for x in r], color=colour, label=f"$\\sigma$ = {one.sigma:g}")
@@ -455,15 +472,16 @@ FREE = {"data_path", "out", "checkpoint", "classifier", "resume", "overwrite", "
 
 def parse(argv):
     """(arguments, checkpoints). Data set and recipe come from the checkpoint."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--sigma", "--recipe", "--out", "--classifier"):
+    first = Parser(add_help=False)
+    first.add_argument("--sigma", type=number(float, above=0))
+    for name in ("--recipe", "--out", "--classifier"):
         first.add_argument(name)
     first.add_argument("--checkpoint", nargs="+")
     early = first.parse_known_args(argv)[0]
     choose("recipe", early.recipe or "digits", RECIPES)
     other = {"-h", "--help", "--report"} & {*argv} or early.classifier or early.sigma is None
     out = early.out or f"runs/{early.recipe or 'digits'}"
-    files = [] if other else early.checkpoint or [f"{out}/finetune_sigma_{number(float)(early.sigma):g}.pt"]
+    files = [] if other else early.checkpoint or [f"{out}/finetune_sigma_{early.sigma:g}.pt"]
     checkpoints = [read_checkpoint(file, "finetune") for file in files]
     made_with = checkpoints[0]["settings"] if checkpoints else {}
     recipe = early.recipe or made_with.get("recipe", "other" if early.classifier else "digits")
@@ -509,16 +527,22 @@ def parse(argv):
     if args.report:
         return args, []
     require(args.sigma, "--sigma is needed")
+    require(not args.plot, "--plot needs --report")
+    require(not (args.classifier and early.checkpoint), "either --checkpoint or --classifier")
     for key, value in defaults.items():
         require(key == "data_path" or getattr(args, key) == value, f"--{key.replace('_', '-')} {getattr(args, key)} "
                 f"contradicts {files[0]}, which was made with {value}")
     for file, checkpoint in zip(files, checkpoints, strict=True):
-        require(args.any_sigma or checkpoint["sigma"] == args.sigma, f"{file} was fine-tuned for sigma "
-                f"{checkpoint['sigma']:g}, not {args.sigma:g}: certify at that, or say --any-sigma")
-        require(checkpoint["data"]["classes"] == inherited["classes"], f"{file} and {files[0]} have other classes")
-    most = certified_radius(args.alpha ** (1 / args.n), args.sigma)
+        tuned = checkpoint.get("sigma")
+        require(args.any_sigma or tuned == args.sigma, f"{file} was fine-tuned for sigma {tuned}, not {args.sigma:g}: "
+                "certify at that, or say --any-sigma")
+        other = [key for key in ("dataset", "image_size", "channels", "classes")
+                 if checkpoint["data"].get(key) != inherited.get(key)]
+        require(not other, f"{file} and {files[0]} differ in {', '.join(other)}")
+    bound = anytime_lower_bound if args.sequential else lower_confidence_bound
+    most = certified_radius(bound(args.n, args.n, args.alpha), args.sigma)
     require(most > 0, f"n = {args.n} copies can only abstain at alpha = {args.alpha:g}: "
-            f"--n {math.floor(-math.log2(args.alpha)) + 1} or more")
+            f"--n {next(n for n in itertools.count(1) if bound(n, n, args.alpha) > 0.5)} or more")
     reachable = [r for r in args.radii if r < most]
     if args.sequential and len(reachable) < len(args.radii):
         print(f"radii above {most:.3f} cannot be reached with n = {args.n}: left out", file=sys.stderr)
@@ -567,16 +591,20 @@ def rebuild(checkpoint, file):
 
 def certify_pictures(args, classifier, classes, size, channels, rule, noise, device):
     """Certify --images one by one, and print what comes out."""
-    for index, file in enumerate(args.images):
-        picture = open_picture(file, channels)
+    try:
+        pictures = [open_picture(file, channels) for file in args.images]
+    except UsageError as error:
+        raise UsageError(str(error)) from None                        # status 2: nothing was done yet
+    for index, (file, picture) in enumerate(zip(args.images, pictures, strict=True)):
         if picture.size != (size, size):
             print(f"{file}: resized and cropped to {size} x {size}, the radius is in pixels of that")
         x = fit(picture, size).to(device) / 255
         (trial,) = certify_all(classifier, [(index, x)], noise, args.n0, rule, args.seed, args.batch)
         guess, radius = trial.certificate(args.sigma)
-        voted = predict(classifier, x, args.sigma, args.n, args.alpha, args.seed, index, args.batch)
-        guess, voted = ("abstains" if c == ABSTAIN else classes[c] if classes else f"class {c}" for c in (guess, voted))
-        print(f"{file}: {guess}, certified within an l2 radius of {radius:.6f} (predict: {voted})")
+        voted = predict(classifier, x, args.sigma, args.n, args.alpha, args.seed, index, args.batch, noise)
+        name, vote = ("abstains" if c == ABSTAIN else classes[c] if classes else f"class {c}" for c in (guess, voted))
+        sure = "" if guess == ABSTAIN else f", certified within an l2 radius of {radius:.6f}"
+        print(f"{file}: {name}{sure} (without a radius: {vote})")
 
 
 def part_files(run):
@@ -617,11 +645,12 @@ def main(argv):
 
     # data: every skip-th test image, this job's shard of them
     test = open_images(args.dataset, args.data_path, "test", size, channels)
-    require(data.get("classes", test.classes) == test.classes, f"{args.checkpoint[0]} has other classes than {args.data_path}")
+    require(data.get("classes", test.classes) == test.classes, f"the checkpoint has other classes than {args.data_path}")
     part, parts = map(int, args.shard.split("/"))
     chosen = list(range(0, len(test), args.skip))[:args.max][part::parts]
     require(chosen, f"there is no image to certify in shard {args.shard}")
-    settings = vars(args) | {"sha256": [sha256(file.partition(":")[0]) for file in args.checkpoint or [args.classifier]]}
+    file, _, function = (args.classifier or "").partition(":")
+    settings = vars(args) | {"sha256": [sha256(path) for path in args.checkpoint or [file]], "function": function}
     name = f"certify_sigma_{args.sigma:g}" + (f"_shard_{part}_of_{parts}" if parts > 1 else "")
     run = Run(args.out, name, settings, FREE, rank, world, ".tsv", args.resume, args.overwrite)
     if run.done:
@@ -652,7 +681,7 @@ def main(argv):
             prediction, radius = trial.certificate(args.sigma)
             label = int(test.labels[trial.index])                     # seen here first: prediction and radius are final
             correct = int(prediction == label)
-            taken = str(timedelta(seconds=time.time() - trial.start))
+            taken = str(timedelta(seconds=trial.seconds))
             row = [trial.index, label, prediction, f"{radius:.6f}", correct, taken, trial.k, trial.n, args.sigma, args.alpha]
             file.write("\t".join(map(str, row)) + "\n")
             file.flush()

@@ -13,7 +13,6 @@ checkpoint (RUN/pretrain.pt unless --init names one). The best model on held-out
 noisy copies, becomes RUN/finetune_sigma_S.pt; the test images are looked at once, at the end. A rerun continues.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -190,7 +189,7 @@ FREE = {"data_path", "out", "init", "device", "device_batch", "workers", "compil
 
 def parse(argv):
     """(arguments, pre-training checkpoint or None). A flag overrides the checkpoint's data, which overrides the recipe."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     for name in ("--recipe", "--init", "--out"):
         first.add_argument(name)
     first.add_argument("--linear-probe", action="store_true")

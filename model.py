@@ -372,7 +372,8 @@ def read_checkpoint(path, kind=None):
     state = content["model"]
     require(isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()),
             f"{path} holds no model")
-    require(kind in (None, content.get("kind")), f"{path} is not a checkpoint of {kind}.py")
+    require(kind is None or content.get("kind") == kind and {"config", "data", "settings"} <= content.keys(),
+            f"{path} is not a checkpoint of {kind}.py")
     return content
 
 
@@ -553,9 +554,9 @@ def choose(kind, name, table):
 
 class Parser(argparse.ArgumentParser):
     """argparse with a recipe's values as defaults, every default in --help, and errors of one line."""
-    def __init__(self, doc, recipe):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        self.set_defaults(**recipe)
+    def __init__(self, doc=None, recipe=(), **more):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
+        self.set_defaults(**dict(recipe))
 
     def flag(self, name, kind, text, **more):
         kind = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}

@@ -10,7 +10,6 @@ A recipe sets data, model and every hyperparameter; any other flag overrides one
 log (pretrain.jsonl) and two pictures beside it. Started again, the command goes on where it was stopped.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -143,7 +142,7 @@ FREE = {"data_path", "out", "init", "device", "device_batch", "workers", "compil
 
 
 def parse(argv):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--recipe", default="digits")
     recipe = first.parse_known_args(argv)[0].recipe
     parser = Parser(__doc__, choose("recipe", recipe, RECIPES) | dict(out=f"runs/{recipe}"))
@@ -241,7 +240,7 @@ def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
                                 gridspec_kw=dict(wspace=0.06, hspace=0.06))
     for line, (title, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
-        for axis, image in zip(line, rearrange(images.float().cpu().clamp(0, 1), "b c h w -> b h w c"), strict=True):
+        for axis, image in zip(line, rearrange(images.float().cpu().clamp(0, 1), "b c h w -> b h w c").numpy(), strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     save_figure(figure, path)

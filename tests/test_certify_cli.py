@@ -234,7 +234,7 @@ def test_the_tsv_does_not_depend_on_the_number_of_processes(reference, command, 
 
 
 def test_every_flag_passes_through_torchrun(capsys):
-    """torchrun's parser reads a script's flags too, and calls one ambiguous that begins two of its own."""
+    """torchrun's parser reads a script's flags too, and calls --n and --max ambiguous; -- keeps it out."""
     with pytest.raises(SystemExit):
         main(["--help"])
     flags = {*re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE)}
@@ -242,7 +242,7 @@ def test_every_flag_passes_through_torchrun(capsys):
     refused_flags = []
     for flag in sorted(flags):
         try:
-            assert get_args_parser().parse_args(["certify.py", flag, "1"]).training_script_args == [flag, "1"]
+            assert get_args_parser().parse_args(["--", "certify.py", flag, "1"]).training_script_args == [flag, "1"]
         except SystemExit:
             refused_flags.append(flag)
     assert not refused_flags

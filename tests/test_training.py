@@ -345,6 +345,12 @@ FINETUNE = [*COMMON, "--sigma", "0.25", "--vote-every", "1", "--save-every", "4"
 STAGES = ("pretrain", "finetune")
 
 
+def blank_subplots(rows=1, columns=1, **_):
+    """Pictures take most of a short run's time: these are empty files."""
+    axes = np.array([[Mock() for _ in range(columns)] for _ in range(rows)])
+    return Mock(savefig=lambda path, **_: Path(path).write_bytes(b"")), axes if axes.size > 1 else axes[0, 0]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, folder8):
     """{stage: (module, arguments, run directory, stem of its files)} of runs that nothing interrupted."""
@@ -352,15 +358,11 @@ def undisturbed(tmp_path_factory, folder8):
     runs = {"pretrain": (pretrain, [*PRETRAIN, "--data-path", str(folder8)], outs["pretrain"], "pretrain"),
             "finetune": (finetune, [*FINETUNE, "--init", str(outs["pretrain"] / "pretrain.pt")], outs["finetune"],
                          "finetune_sigma_0.25")}
-    for stage, arguments, out, _ in runs.values():
-        stage.main([*arguments, "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "plt", Mock(subplots=blank_subplots))
+        for stage, arguments, out, _ in runs.values():
+            stage.main([*arguments, "--out", str(out)])
     return runs
-
-
-def blank_subplots(rows=1, columns=1, **_):
-    """Pictures take most of a short run's time: these are empty files."""
-    axes = np.array([[Mock() for _ in range(columns)] for _ in range(rows)])
-    return Mock(savefig=lambda path, **_: Path(path).write_bytes(b"")), axes if axes.size > 1 else axes[0, 0]
 
 
 @pytest.fixture
@@ -392,17 +394,34 @@ def test_log_rows_average_the_steps_since_the_row_before(undisturbed, undrawn, t
         assert row["loss"] == pytest.approx(np.mean(single[first:row["step"]]), rel=1e-5)
 
 
-def test_fine_tuning_logs_held_out_accuracies_and_keeps_the_best_voting_epoch(undisturbed):
+def test_fine_tuning_logs_held_out_accuracies_each_epoch_and_those_on_test_images_once(undisturbed):
     _, _, out, stem = undisturbed["finetune"]
     log = rows(out / f"{stem}.jsonl")
     held, test = ([row for row in log if row.get("split") == split] for split in ("holdout", "test"))
     assert [row["epoch"] for row in held] == [1, 2] and len(test) == 1
-    assert test[0]["epoch"] == max(held, key=lambda row: (row["vote"], row["epoch"]))["epoch"]
     for row in held + test:
         images = 20 if row in held else 15
         for key in ("clean", "noisy", "vote"):
             assert round(row[key] * images) == pytest.approx(row[key] * images, abs=1e-3)
     assert [row["step"] for row in log if "loss" in row] == [3, 6, 9, 10, 12, 15, 18, 20]
+
+
+@pytest.mark.parametrize("votes, kept", [((0.2, 0.9, 0.5, 0.3), 2), ((0.9, 0.2, 0.1, 0.3), 1), ((0.1, 0.2, 0.3, 0.4), 4)])
+def test_the_model_that_votes_best_on_held_out_images_is_kept(monkeypatch, undisturbed, tmp_path, votes, kept):
+    seen, to_come = [], list(votes)
+
+    def evaluate(network, images, sigma, draws, *_):
+        if draws and to_come:
+            assert len(images) == 20                                                      # held out, not the 15 test images
+            seen.append({key: value.clone() for key, value in network.state_dict().items()})
+            return 0.5, 0.5, to_come.pop(0)
+        return 0.5, 0.5, 0.5 if draws else None
+
+    monkeypatch.setattr(finetune, "evaluate", evaluate)
+    finetune.main([*undisturbed["finetune"][1], "--epochs", "4", "--out", str(tmp_path)])
+    best = read_checkpoint(tmp_path / "finetune_sigma_0.25.pt")["model"]
+    assert [epoch for epoch, state in enumerate(seen, 1) if all(torch.equal(state[key], best[key]) for key in best)] == [kept]
+    assert rows(tmp_path / "finetune_sigma_0.25.jsonl")[-1]["epoch"] == kept
 
 
 def test_pictures_show_something(tiny_run):
