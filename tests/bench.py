@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from certify import CHUNK, GaussianNoise, count_classes, generator_for  # noqa: E402
-from model import SIZES, build_dmae, build_vit, start_processes  # noqa: E402
-from pretrain import draw_corruption  # noqa: E402
+from certify import CHUNK, GaussianNoise, count_classes, generator_for
+from model import SIZES, build_dmae, build_vit, start_processes
+from pretrain import draw_corruption
 
 
 def seconds(work, device):
@@ -58,10 +59,15 @@ def flops(work):
     return counter.get_total_flops()
 
 
+def synthetic(name, batch, device):
+    size = SIZES[name]
+    return torch.rand(batch, size["channels"], size["image_size"], size["image_size"], device=device)
+
+
 def certification(name, batch, autocast, device, draws, repeats):
     """(ratio to the bare forward, draws per second, FLOPs per draw)."""
     model = build_vit(name, 1000).to(device).eval()
-    x = torch.rand(SIZES[name]["channels"], SIZES[name]["image_size"], SIZES[name]["image_size"], device=device)
+    (x,) = synthetic(name, 1, device)
     ready = x + 0.25 * torch.randn(batch, *x.shape, device=device)
     draws = -(-draws // CHUNK) * CHUNK
 
@@ -97,9 +103,27 @@ def training(network, inputs, make_inputs, parameters, autocast, device, repeats
     return times["bare"] / times["ours"], 1 / times["ours"], each
 
 
+def pretraining(name, batch, autocast, device, draws, repeats):
+    model, images = build_dmae(name).to(device), synthetic(name, batch, device)
+    patches = model.pos_embed.shape[1] - 1
+    return training(lambda *drawn: model(images, 0.25, 0.75, *drawn)[0], draw_corruption(images, patches, 0),
+                    lambda: draw_corruption(images, patches, 0), model.parameters(), autocast, device, repeats)
+
+
+def finetuning(name, batch, autocast, device, draws, repeats):
+    model, images = build_vit(name, 1000).to(device), synthetic(name, batch, device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    return training(lambda noisy: cross_entropy(model(noisy), labels), (images,),
+                    lambda: (images + 0.25 * torch.randn_like(images),), model.parameters(), autocast, device, repeats)
+
+
+STAGES = {"certify": certification, "pretrain": pretraining, "finetune": finetuning}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["vit_digits"], choices=list(SIZES))
+    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--batch", type=int, default=CHUNK, help="images in a forward pass")
     parser.add_argument("--draws", type=int, default=2000, help="noisy copies in each certification run")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -114,29 +138,18 @@ def main(argv=None):
         return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
 
     peak = matmul_peak(device, dtype, args.repeats)
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, matmul peak {peak:.3g} TFLOP/s in {args.dtype}")
+    machine = dict(device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, peak=peak)
+    print(f"{device}, {machine['threads']} threads, torch {torch.__version__}, peak {peak:.3g} TFLOP/s in {args.dtype}")
     rows = []
-    for name in args.model:
-        size = SIZES[name]
-        images = torch.rand(args.batch, size["channels"], size["image_size"], size["image_size"], device=device)
-        dmae, vit = build_dmae(name).to(device), build_vit(name, 1000).to(device)
-        patches, labels = dmae.pos_embed.shape[1] - 1, torch.zeros(args.batch, dtype=torch.int64, device=device)
-        for stage, (ratio, rate, each) in {
-                "certify": certification(name, args.batch, autocast, device, args.draws, args.repeats),
-                "pretrain": training(lambda *given, net=dmae: net(images, 0.25, 0.75, *given)[0], draw_corruption(images, patches, 0),
-                                     lambda n=patches: draw_corruption(images, n, 0), dmae.parameters(), autocast, device,
-                                     args.repeats),
-                "finetune": training(lambda noisy, net=vit: torch.nn.functional.cross_entropy(net(noisy), labels), (images,),
-                                     lambda: (images + 0.25 * torch.randn_like(images),), vit.parameters(), autocast, device,
-                                     args.repeats)}.items():
-            per = 1 if stage == "certify" else args.batch
-            tera = rate * each / 1e12
-            rows.append(dict(model=name, stage=stage, dtype=args.dtype, batch=args.batch, per_second=rate * per, tflops=tera,
-                             share_of_peak=tera / peak, ratio_to_bare=ratio))
-            print(f"{name:18} {stage:9} {args.dtype}  batch {args.batch:4}  {rate * per:10,.1f}/s  {tera:8.4f} TFLOP/s  "
-                  f"{tera / peak:6.1%} of peak  {ratio:6.1%} of the bare loop", flush=True)
+    for name, stage in itertools.product(args.model, args.stage):
+        ratio, rate, each = STAGES[stage](name, args.batch, autocast, device, args.draws, args.repeats)
+        per_second, tera = rate * (1 if stage == "certify" else args.batch), rate * each / 1e12
+        rows.append(dict(model=name, stage=stage, dtype=args.dtype, batch=args.batch, per_second=per_second, tflops=tera,
+                         share_of_peak=tera / peak, ratio_to_bare=ratio))
+        print(f"{name:18} {stage:9} {args.dtype}  batch {args.batch:4}  {per_second:10,.1f}/s  {tera:8.4f} TFLOP/s  "
+              f"{tera / peak:6.1%} of peak  {ratio:6.1%} of the bare loop", flush=True)
     if args.json:
-        Path(args.json).write_text(json.dumps(dict(device=str(device), torch=torch.__version__, peak=peak, rows=rows), indent=1))
+        Path(args.json).write_text(json.dumps(machine | dict(rows=rows), indent=1))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from certify import (
     summarise,
     table,
 )
-from model import UsageError
+from model import UsageError, build_vit
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 BATCHES = (1, 2, 5, 10, 20, 25, 50, 100, 200, 400)
@@ -742,3 +742,45 @@ def test_what_is_no_log_is_refused(tmp_path, text):
     (tmp_path / "sigma_1").write_text(text)
     with pytest.raises(UsageError, match="sigma_1"):
         summarise([tmp_path / "sigma_1"])
+
+
+# --- what a radius is about: the image that got the noise, and the arithmetic that was done
+
+
+def test_certifying_the_resized_image_claims_a_radius_that_the_small_one_does_not_have():
+    """f: is the mean of the image, resized to 224 by the model, above a half? Linear, so the true distances are known."""
+    resize = build_vit("vit_digits", 2, image_size=224, patch_size=16, mean=(0.0,), std=(1.0,)).prepare
+
+    def f(x):
+        return torch.stack([torch.zeros(len(x)), resize(x).mean(dim=(1, 2, 3)) - 0.5], dim=1)
+
+    small = torch.full((1, 32, 32), 0.51)
+    weights = torch.zeros(1, 1, 32, 32, requires_grad=True)
+    f(weights)[0, 1].backward()
+    distance = 0.01 / weights.grad.norm().item()                      # of `small` from the plane, among 32 x 32 images
+    assert 0.3 < distance < 0.35
+
+    prediction, radius = certify(f, small, 0.25, n0=100, n=2000)
+    _, wrong = certify(f, resize(small[None])[0], 0.25, n0=100, n=2000)
+    assert prediction == 1 and 0.8 * distance < radius < distance
+    assert wrong > 2 * distance                                       # true of 224 x 224 images, false of the 32 x 32 one
+    beyond = small - wrong * 0.9 * weights.grad[0] / weights.grad.norm()
+    assert f(beyond[None]).argmax() == 0
+
+
+def test_floating_point_noise_certifies_what_is_false_and_grid_noise_does_not():
+    """Noise around 1 leaves multiples of 2^-24, since floats there are no finer; noise around 0 mostly does not. A classifier
+    that looks at this is certified for "class 1" far beyond the image 0, where g answers "class 0": in real arithmetic both
+    have probability 0. Integer noise closes the gap: what it certifies around 1 also holds at 0."""
+    def f(x):
+        coarse = (x.double() * 2**24).frac() == 0
+        return torch.stack([~coarse.flatten(), coarse.flatten()], dim=1).float()
+
+    one, zero = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+    prediction, radius = certify(f, one, 0.3, n=20_000)
+    assert prediction == 1 and radius > 1                             # |1 - 0| = 1: "g(0) = 1" is claimed
+    assert predict(f, zero, 0.3, n=20_000) == 0                       # and false
+    grid = GridNoise(0.3, 16, CPU)
+    for x in (one, zero):
+        (trial,) = certify_all(f, [(0, x)], grid, 100, FixedN(20_000, 0.001))
+        assert trial.certificate(0.3)[0] == 1
