@@ -200,7 +200,7 @@ def parse(argv):
     if init != "scratch" and not {"-h", "--help"} & {*argv}:
         require(early.init or Path(init).exists(), f"there is no {init}: run pretrain.py first, or give --init FILE or scratch")
         checkpoint = read_checkpoint(init)
-        made_with = checkpoint["settings"] if checkpoint.get("kind") == "pretrain" else {}
+        made_with = checkpoint.get("settings", {}) if checkpoint.get("kind") == "pretrain" else {}
     recipe = early.recipe or made_with.get("recipe", "digits")
     defaults = choose("recipe", recipe, RECIPES) | (PROBES.get(recipe, PROBE) if early.linear_probe else {})
     inherited = {key: made_with[key] for key in ("dataset", "data_path", "image_size", "normalisation", "holdout", "model",
@@ -443,6 +443,7 @@ def main(argv):
     require(len(train) >= args.batch, f"{len(train)} training images are fewer than one batch of {args.batch}")
     per_epoch = len(train) // args.batch
     steps, warmup = int(args.epochs * per_epoch), int(args.warmup_epochs * per_epoch)
+    require(steps > 0, f"--epochs {args.epochs:g} makes no step of {args.batch} images")
     peak = args.base_lr * args.batch / 256
 
     # model

@@ -592,7 +592,7 @@ def command(main):
         except (UsageError, OSError) as error:                  # a data worker's error comes wrapped in its traceback
             line = str(error).strip().splitlines()[-1].removeprefix("model.UsageError: ")
             print(f"{Path(main.__code__.co_filename).name}: error: {line}", file=sys.stderr, flush=True)
-            raise SystemExit(getattr(error, "status", 1)) from None
+            raise SystemExit(getattr(error, "status", 2 if isinstance(error, FileNotFoundError) else 1)) from None
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -604,8 +604,7 @@ def start_processes(device="auto", timeout=None):
     there = {"cuda": torch.cuda.device_count() > local, "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in there if there[name]) if device == "auto" else device
     require(there[device], f"there is no {device} device for local process {local}")
-    if device == "cuda":
-        torch.cuda.set_device(local)
+    torch.cuda.set_device(local if device == "cuda" else -1)                              # -1 does nothing
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
     return rank, world, torch.device(device, local if device == "cuda" else None)
@@ -663,8 +662,8 @@ class Run:
             raise UsageError(f"{self.stem} is in use by {self.lock.read().strip() or 'another process'}") from None
         self.lock.truncate(0)
         print(f"process {os.getpid()} on {os.uname().nodename}", file=self.lock, flush=True)
-        parts = self.result.parent.glob(f"{self.result.name}.part*")
-        for file in (self.settings, self.log_file, self.last, self.result, *parts) if overwrite else ():
+        own = self.settings, self.log_file, self.last, self.result, *self.result.parent.glob(f"{self.result.name}.part*")
+        for file in own if overwrite else ():
             file.unlink(missing_ok=True)
         if self.settings.exists():
             before = json.loads(self.settings.read_text())
@@ -672,7 +671,8 @@ class Run:
                      if key not in free and before.get(key) != settings.get(key)]
             require(not other, f"{self.stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
             require(resume == "auto" or self.result.exists(), f"{self.stem} is unfinished: --resume auto or --overwrite")
-        write_atomically(self.settings, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+        if not self.result.exists():
+            write_atomically(self.settings, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
 
     def load(self):
         """What save() kept last, or None. The log is cut back to the rows of that moment."""
@@ -700,10 +700,9 @@ class Run:
             write_atomically(path, lambda temporary: torch.save({"model": model, "rows": self.rows, **rest}, temporary))
 
 def open_images(dataset, data_path, split, image_size, channels, holdout=0.0, device="cpu"):
-    """The split "train", "holdout" (a fixed random share of the training images, missing from "train") or "test".
-    digits: scikit-learn's, 8 x 8, 0..16; the last 360, by other writers, are the test set. cifar10: torchvision's.
-    folder: class folders in data_path/train and data_path/{val,test}; pictures of at most 64 pixels are kept in memory.
-    """
+    """The split "train", "holdout" (a fixed random share of the training images, missing from "train") or "test" of digits
+    (scikit-learn's, 8 x 8, 0..16; the last 360, by other writers, are the test set), cifar10 (torchvision's) or folder: class
+    folders in data_path/train and data_path/{val,test}; pictures of at most 64 pixels are kept in memory."""
     choose("data set", dataset, dict.fromkeys(("digits", "cifar10", "folder")))
     if dataset == "digits":
         digits, part = load_digits(), slice(-360, None) if split == "test" else slice(-360)
@@ -716,9 +715,11 @@ def open_images(dataset, data_path, split, image_size, channels, holdout=0.0, de
         part = CIFAR10(data_path, train=split != "test")
         images = Images(torch.tensor(part.targets), part.classes, 32, 3, torch.from_numpy(part.data).movedim(3, 1).clone())
     else:
-        roots = [Path(data_path, name) for name in (("val", "test") if split == "test" else ("train",))]
-        require(any(root.is_dir() for root in roots), f"there is no folder {' or '.join(map(str, roots))}")
-        part = ImageFolder(next(root for root in roots if root.is_dir()))
+        roots = {name: Path(data_path or "", name) for name in ("train", "val", "test")}
+        found = [name for name, root in roots.items() if root.is_dir()]
+        require("train" in found, f"there is no folder {roots['train']}")
+        require(len(found) > 1, f"there is no folder {roots['val']} or {roots['test']}")
+        part = ImageFolder(roots["train" if split != "test" else found[1]])
         images = Images(torch.tensor(part.targets), part.classes, image_size, channels, files=[f for f, _ in part.samples])
         if image_size <= 64:
             images.pixels, images.files = torch.stack([images.read(i) for i in range(len(images))]), None

@@ -281,6 +281,7 @@ def main(argv):
     require(len(train) >= args.batch, f"{len(train)} training images are fewer than one batch of {args.batch}")
     per_epoch = len(train) // args.batch
     steps, warmup = int(args.epochs * per_epoch), int(args.warmup_epochs * per_epoch)
+    require(steps > 0, f"--epochs {args.epochs:g} makes no step of {args.batch} images")
     peak = args.base_lr * args.batch / 256
 
     # model
@@ -291,9 +292,9 @@ def main(argv):
     model = build_dmae(args.model, image_size=args.model_size or args.image_size, norm_pix=args.norm_pix, loss_on=args.loss_on,
                        **normalisation)
     require(int(math.prod(model.grid) * (1 - args.mask_ratio)) > 0, f"--mask-ratio {args.mask_ratio} keeps no patch at all")
-    settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
     if args.init:
-        load_weights(model, read_checkpoint(args.init)["model"], args.init, may_leave=("head.", "fc_norm."))
+        load_weights(model, read_checkpoint(args.init)["model"], args.init)
+    settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
     model.recompute_activations = args.recompute
     model.to(device)
 

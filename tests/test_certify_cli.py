@@ -556,7 +556,7 @@ def test_report_of_no_rows_is_refused(tmp_path, capsys):
     refused(["--report", tmp_path / "x.tsv"], capsys)
 
 
-@pytest.mark.parametrize(("name", "status"), [("curve.unknown", 2), ("missing/curve.png", 1)])
+@pytest.mark.parametrize(("name", "status"), [("curve.unknown", 2), ("missing/curve.png", 2)])
 def test_a_plot_that_cannot_be_written_is_one_line(reference, tmp_path, capsys, name, status):
     refused(["--report", reference / NAME, "--plot", tmp_path / name], capsys, status=status)
     assert not list(tmp_path.iterdir())

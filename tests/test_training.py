@@ -675,7 +675,7 @@ def five_steps(out, folder):
     pretrain.draw_corruption = share_of_global_noise
     common = ["--device", "cpu", "--dataset", "folder", "--data-path", str(folder), "--seed", str(SEED), "--batch", str(BATCH),
               "--epochs", "5", "--warmup-epochs", "1", "--log-every", "2", "--augment", "shift"]
-    tune = ["--init", "scratch", "--sigma", "0", "--consistency", "1", "--vote-every", "5"]
+    tune = ["--init", "scratch", "--sigma", "0", "--consistency", "1", "--vote-every", "5", "--base-lr", "1e-4"]
     pretrain.main([*common, "--out", f"{out}/plain"])
     pretrain.main([*common, "--device-batch", "16", "--out", f"{out}/accumulated"])
     finetune.main([*common, *tune, "--device-batch", "16", "--out", f"{out}/finetuned"])
