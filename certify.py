@@ -708,7 +708,7 @@ def main(argv):
         one = summaries[0]
         clean = binomtest(round(one.accuracy(0) * one.m), one.m).proportion_ci(method="wilson")
         say(table(summaries, args.radii))
-        say(f"accuracy of g {one.accuracy(0):.1%} (Wilson interval, 95 %: {clean.low:.1%} to {clean.high:.1%})")
+        say(f"clean accuracy of g {one.accuracy(0):.1%} (Wilson interval, 95 %: {clean.low:.1%} to {clean.high:.1%})")
         if args.sequential:
             say(f"{one.draws:,} draws, {one.draws / (one.m * args.n):.1%} of n = {args.n:,} an image")
         say(f"wrote {run.result} and {run.file('.png').name} in {time.time() - start:.0f} s")

@@ -514,7 +514,7 @@ class Images(torch.utils.data.Dataset):
         """Batches (pixels (b, C, S, S) uint8, labels (b,)) on `device`, one for each list of (epoch, i)."""
         workers = workers if self.files else 0
         for pixels, labels in torch.utils.data.DataLoader(
-                self, batch_sampler=positions, collate_fn=lambda batch: batch, num_workers=workers,
+                self, batch_sampler=positions, collate_fn=tuple, num_workers=workers,
                 pin_memory=device.type == "cuda" and workers > 0, prefetch_factor=4 if workers else None):
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 

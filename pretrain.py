@@ -381,8 +381,8 @@ def main(argv):
         if bar.disable:
             say(f"step {done}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {row['time']:.0f} s")
         if done // args.save_every > (done - since) // args.save_every or interrupted.any() or done == steps:
-            checkpoint(done, run.last, optimizer=optimizer.state_dict())
             pictures()
+            checkpoint(done, run.last, optimizer=optimizer.state_dict())
         if interrupted.any():
             say(f"stopped by signal {int(interrupted.max())} after step {done}; the same command continues")
             raise SystemExit(128 + int(interrupted.max()))

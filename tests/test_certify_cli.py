@@ -222,7 +222,7 @@ def start(argv, processes=None):
                             stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_the_tsv_does_not_depend_on_the_number_of_processes(reference, command, tmp_path, processes):
     """Seven images: an uneven share for two processes and for three."""
     job = start(command(tmp_path), processes)

@@ -606,3 +606,13 @@ def test_a_truncated_checkpoint_is_refused(published):
         path.write_bytes(whole[:int(share * len(whole))])
         with pytest.raises(UsageError, match="not a readable checkpoint"):
             read_checkpoint(path)
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny_dmae):
+    model, images, gradients = tiny_dmae(), torch.rand(3, 1, 8, 8), []
+    for model.recompute_activations in (False, True):
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(images, 0.25, 0.5)[0].backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)

@@ -694,7 +694,7 @@ def torchrun(processes, *arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_train_as_one_with_the_same_batch(monkeypatch, undrawn, tmp_path, folder8, processes):
     workers = torchrun(processes, __file__, tmp_path / "many", folder8)
     monkeypatch.setattr(pretrain, "draw_corruption", pretrain.draw_corruption)
