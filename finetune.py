@@ -1,4 +1,4 @@
-"""Stage 2: fine-tune the pre-trained encoder as the base classifier f of a smoothed classifier (DMAE, section 3.3).
+"""Stage 2: fine-tune the pre-trained encoder as the base classifier f of a smoothed classifier (DMAE, section 3.2).
 
     python finetune.py --sigma 0.25                                     # digits, two CPU cores: half a minute
     python finetune.py --sigma 0.5 --recipe cifar10                     # one GPU
@@ -60,7 +60,7 @@ from model import (
 # Recipes
 # ---------------------------------------------------------------------------------------------------------------------
 
-PAPER = dict(                              # section 4.1 and appendix: ImageNet, ViT-B
+PAPER = dict(                              # section 4.2 and appendix: ImageNet, ViT-B
     dataset="folder",
     data_path="data/imagenet",             # with train/ and val/ class folders
     image_size=224,                        # resolution at which the noise is added
