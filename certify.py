@@ -533,6 +533,7 @@ def parse(argv):
         require(key == "data_path" or getattr(args, key) == value, f"--{key.replace('_', '-')} {getattr(args, key)} "
                 f"contradicts {files[0]}, which was made with {value}")
     for file, checkpoint in zip(files, checkpoints, strict=True):
+        require({"dataset", "image_size", "channels", "classes"} <= checkpoint["data"].keys(), f"{file} names no data set")
         tuned = checkpoint.get("sigma")
         require(args.any_sigma or tuned == args.sigma, f"{file} was fine-tuned for sigma {tuned}, not {args.sigma:g}: "
                 "certify at that, or say --any-sigma")
@@ -654,6 +655,8 @@ def main(argv):
     name = f"certify_sigma_{args.sigma:g}" + (f"_shard_{part}_of_{parts}" if parts > 1 else "")
     run = Run(args.out, name, settings, FREE, rank, world, ".tsv", args.resume, args.overwrite)
     if run.done:
+        for file in part_files(run) if rank == 0 else []:             # left by a run that was killed at its very end
+            file.unlink()
         say(f"{run.result} is done; --out elsewhere, or --overwrite to do it again")
         return say(table(summarise([run.result]), args.radii))
 

@@ -386,6 +386,8 @@ def load_weights(model, state, origin, may_miss=(), may_leave=()):
              + [f"{key} is unexpected" for key in left if not key.startswith(tuple(may_leave))]
              + [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
                 for key in own if key in state and state[key].shape != own[key].shape]
+             + [f"{key} is {state[key].dtype}, not {own[key].dtype}" for key in own
+                if key in state and state[key].is_floating_point() != own[key].is_floating_point()]
              + [f"{key} is not finite" for key in own if key in state and not state[key].isfinite().all()])
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -567,13 +569,12 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
     """An argparse type: an int or a float with above < x < below and least <= x."""
-    def convert(text):
+    def number(text):                                                 # argparse says "invalid number value"
         if above < kind(text) < below and least <= kind(text):
             return kind(text)
         limits = [f"{word} {x:g}" for word, x in (("above", above), ("at least", least), ("below", below)) if abs(x) < math.inf]
         raise argparse.ArgumentTypeError(f"must be {' and '.join(limits) or 'finite'}, not {text}")
-    convert.__name__ = kind.__name__
-    return convert
+    return number
 
 INTERRUPT = []                                   # the number of a SIGTERM or SIGINT; loops look here when they can stop
 
@@ -694,9 +695,8 @@ class Run:
     def save(self, path, model, **rest):
         """Write a checkpoint, unless something in the model is not finite."""
         if self.rank == 0:
-            for key, value in model.items():
-                if not value.isfinite().all():
-                    raise UsageError(f"{key} is not finite: nothing saved, what {self.last} holds stays", status=1)
+            for key in (key for key, value in model.items() if not value.isfinite().all()):
+                raise UsageError(f"{key} is not finite: nothing saved, what {self.last} holds stays", status=1)
             write_atomically(path, lambda temporary: torch.save({"model": model, "rows": self.rows, **rest}, temporary))
 
 def open_images(dataset, data_path, split, image_size, channels, holdout=0.0, device="cpu"):
@@ -720,6 +720,8 @@ def open_images(dataset, data_path, split, image_size, channels, holdout=0.0, de
         require("train" in found, f"there is no folder {roots['train']}")
         require(len(found) > 1, f"there is no folder {roots['val']} or {roots['test']}")
         part = ImageFolder(roots["train" if split != "test" else found[1]])
+        folders = {os.path.dirname(file) for file, _ in part.samples}
+        require(len({*map(os.path.realpath, folders)}) == len(folders), f"{data_path} reaches a folder twice (a link's loop?)")
         images = Images(torch.tensor(part.targets), part.classes, image_size, channels, files=[f for f, _ in part.samples])
         if image_size <= 64:
             images.pixels, images.files = torch.stack([images.read(i) for i in range(len(images))]), None
