@@ -31,10 +31,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from scipy.special import betaincc, betaln
 from scipy.stats import beta, binom, binomtest, norm
 from tqdm import tqdm
@@ -60,7 +59,6 @@ from model import (
     write_atomically,
 )
 
-matplotlib.use("Agg")
 ABSTAIN = -1
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,7 +432,8 @@ def table(summaries, radii, kind="text"):
 
 def plot(path, summaries, published=None):
     """Certified accuracy over the radius, with its lower bound; with the paper's baselines as marks."""
-    figure, axis = plt.subplots(figsize=(6.4, 4))
+    figure = Figure(figsize=(6.4, 4))
+    axis = figure.subplots()
     kinds = figure.canvas.get_supported_filetypes()
     require(Path(path).suffix[1:] in kinds, f"cannot draw {path}: its name must end in one of {', '.join(kinds)}")
     for one, colour in zip(summaries, itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"))):
@@ -449,9 +448,8 @@ def plot(path, summaries, published=None):
     axis.set(xlabel="certified $\\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100))
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=9)
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

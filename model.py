@@ -170,7 +170,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(channels, dim, patch_size, patch_size)))  # a linear map
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        rates = torch.linspace(0, drop_path, depth).tolist()                              # deeper blocks drop more
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]                 # deeper blocks drop more
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
         self.recompute_activations = False                                                # trades time for memory
 

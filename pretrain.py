@@ -15,11 +15,10 @@ import json
 import math
 import time
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -51,8 +50,6 @@ from model import (
     training_positions,
     unpatchify,
 )
-
-matplotlib.use("Agg")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Recipes
@@ -236,28 +233,24 @@ def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
     output = F.interpolate(reconstruct(model, clean, prediction), clean.shape[-2:])
     rows = {"clean": clean, f"noise\n$\\sigma$ = {sigma:g}": noisy,
             f"and {mask_ratio:.0%}\ndropped:\nthe input": noisy * (1 - mask) + 0.5 * mask, "recon-\nstruction": output}
-    figure, axes = plt.subplots(len(rows), len(clean), figsize=(len(clean), len(rows)), squeeze=False,
-                                gridspec_kw=dict(wspace=0.06, hspace=0.06))
+    figure = Figure(figsize=(len(clean), len(rows)))
+    axes = figure.subplots(len(rows), len(clean), squeeze=False, gridspec_kw=dict(wspace=0.06, hspace=0.06))
     for line, (title, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
         for axis, image in zip(line, rearrange(images.float().cpu().clamp(0, 1), "b c h w -> b h w c").numpy(), strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-    save_figure(figure, path)
+    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
 def draw_loss(path, rows):
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure = Figure(figsize=(6, 3.6))
+    axis = figure.subplots()
     axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#0072b2")
     axis.set(xlabel="optimizer step", ylabel="reconstruction loss\n(mean square, normalised pixels)")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def save_figure(figure, path):
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

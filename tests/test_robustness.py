@@ -45,6 +45,7 @@ def fork(stage, argv, before=lambda: None, errors=os.devnull):
     """The stage in a process of its own, forked, so that nothing has to be imported again."""
     def run():
         sys.stdout, sys.stderr = open(os.devnull, "w"), open(errors, "w")                 # noqa: SIM115
+        pretrain.draw_loss = pretrain.draw_reconstructions = lambda *_: None              # which would take longest
         before()
         STAGES[stage].main(argv)
     process = multiprocessing.get_context("fork").Process(target=run)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -345,10 +344,10 @@ FINETUNE = [*COMMON, "--sigma", "0.25", "--vote-every", "1", "--save-every", "4"
 STAGES = ("pretrain", "finetune")
 
 
-def blank_subplots(rows=1, columns=1, **_):
-    """Pictures take most of a short run's time: these are empty files."""
-    axes = np.array([[Mock() for _ in range(columns)] for _ in range(rows)])
-    return Mock(savefig=lambda path, **_: Path(path).write_bytes(b"")), axes if axes.size > 1 else axes[0, 0]
+def draw_nothing(patch):
+    """Pictures take most of a short run's time."""
+    for name in ("draw_loss", "draw_reconstructions"):
+        patch.setattr(pretrain, name, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +358,7 @@ def undisturbed(tmp_path_factory, folder8):
             "finetune": (finetune, [*FINETUNE, "--init", str(outs["pretrain"] / "pretrain.pt")], outs["finetune"],
                          "finetune_sigma_0.25")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "plt", Mock(subplots=blank_subplots))
+        draw_nothing(patch)
         for stage, arguments, out, _ in runs.values():
             stage.main([*arguments, "--out", str(out)])
     return runs
@@ -367,7 +366,7 @@ def undisturbed(tmp_path_factory, folder8):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr(pretrain, "plt", Mock(subplots=blank_subplots))
+    draw_nothing(monkeypatch)
 
 
 def test_log_has_a_row_every_so_often_with_the_scheduled_rate_and_a_falling_loss(undisturbed):
@@ -739,5 +738,5 @@ def test_two_processes_agree_on_where_a_signal_stops_them_and_one_continues(monk
 
 
 if __name__ == "__main__":
-    pretrain.plt = Mock(subplots=blank_subplots)
+    draw_nothing(pytest.MonkeyPatch())
     five_steps(*sys.argv[1:])
