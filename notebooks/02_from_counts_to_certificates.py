@@ -1,0 +1,842 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. From counts to certificates
+#
+# Notebook 1 turned a share into a radius: if class $A$ wins the share $p_A > 1/2$ of the noisy copies of $x$, then $g$ does
+# not change its mind within $\sigma\,\Phi^{-1}(p_A)$. But nobody knows $p_A$. It is an integral over as many dimensions as
+# there are pixels, of a function that only answers questions one at a time. We can draw noisy copies and count. This notebook
+# is about the step from the count to a sentence that is *true with probability at least $1 - \alpha$*, about the many ways to
+# spoil that sentence without noticing, and about what it says of a whole test set.
+#
+# | symbol | meaning |
+# |---|---|
+# | $p$ | the unknown share $p_A = \Pr[f(x + e) = A]$, $\;e \sim \mathcal N(0, \sigma^2 I)$ |
+# | $n$, $k$ | number of noisy copies; how many of them $f$ called $A$, so $k \sim \operatorname{Binomial}(n, p)$ |
+# | $\hat p = k/n$ | the observed share |
+# | $L(k)$ | a lower confidence bound: a function of the count that should exceed $p$ with probability at most $\alpha$ |
+# | $\alpha$ | the chance that the statement about one image is wrong; $0.001$ everywhere in the literature |
+# | $\Phi$, $\varphi$ | distribution function and density of $\mathcal N(0, 1)$ |
+
+# %%
+import inspect
+import math
+import sys
+from pathlib import Path
+
+root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
+sys.path.insert(0, str(root))                                         # works from notebooks/ and from the repository's root
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from scipy.integrate import quad
+from scipy.optimize import brentq
+from scipy.special import expit
+from scipy.stats import beta, binom, norm
+
+import certify as stage3
+from certify import (
+    ABSTAIN,
+    FixedN,
+    GaussianNoise,
+    GridNoise,
+    Sequential,
+    Trial,
+    anytime_lower_bound,
+    certified_radius,
+    certify,
+    certify_all,
+    count_classes,
+    excess,
+    generator_for,
+    log_e_value,
+    lower_confidence_bound,
+    predict,
+    round_down,
+)
+from model import open_images, read_checkpoint
+
+# %matplotlib inline
+BLUE, RED, GREEN, PINK, AMBER = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"      # Okabe and Ito's colours
+plt.rcParams.update({"figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "font.size": 10,
+                     "axes.titlesize": 10, "legend.fontsize": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
+                     "figure.dpi": 100, "figure.constrained_layout.use": True})
+
+
+def show(*things):
+    """Print the source of functions and classes, as the scripts have it."""
+    print("\n".join(inspect.getsource(thing) for thing in things))
+
+
+# %% [markdown]
+# ## Monte Carlo, and why an estimate is not enough
+#
+# Draw $n$ independent noisy copies and count. The count and its relative error are
+#
+# $$ k \sim \operatorname{Binomial}(n, p), \qquad \Pr[k = j] = \binom nj p^j (1 - p)^{n - j},
+#    \qquad \operatorname{sd}(\hat p) = \sqrt{p(1 - p)/n}, \tag{1} $$
+#
+# whatever the dimension of the image: the copies are independent, and each is either called $A$ or not. In the scripts the
+# counts come from `count_classes` (shown in notebook 1). Here they are for one test digit and the committed transformer, made
+# by `python pretrain.py && python finetune.py --sigma 0.25`.
+
+# %%
+vit = stage3.rebuild(read_checkpoint(root / "results/digits/finetune_sigma_0.25.pt", "finetune"), "the checkpoint").eval()
+images = open_images("digits", None, "test", image_size=8, channels=1)
+index, sigma, alpha = 3, 0.25, 0.001
+x = images.pixels[index].float() / images.levels
+counts = count_classes(vit, [(x, generator_for(0, index, 1, "cpu"), 4000)], GaussianNoise(sigma), batch=500)[0]
+
+figure, axes = plt.subplots(1, 2, figsize=(7.6, 3), width_ratios=(1, 2))
+axes[0].imshow((x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))[0], cmap="gray_r")
+axes[0].set(xticks=[], yticks=[], title=f"a noisy copy of a {images.labels[index]}")
+axes[1].bar(range(10), counts, color=[RED if c == counts.argmax() else BLUE for c in range(10)])
+axes[1].set(xlabel="answer of f", ylabel="noisy copies, of 4000", xticks=range(10))
+axes[1].grid(axis="x", visible=False)
+plt.show()
+
+# %% [markdown]
+# It is tempting to put $\hat p$ into the formula of the radius. Two things go wrong. The estimate is too large about half of
+# the time, and then so is the radius: the "certificate" is false with probability near $1/2$. Worse, if $f$ errs on a copy in
+# a million, $k = n$ is the likely outcome, and $\sigma\,\Phi^{-1}(1) = \infty$ is the claim. No finite experiment supports it.
+#
+# **Check**, exactly: $\Pr[\hat p > p]$ is a binomial tail.
+
+# %%
+n = 1000
+for p in (0.55, 0.8, 0.95, 0.9999):
+    too_large = binom.sf(math.floor(n * p), n, p)                     # P[k > n p]
+    infinite = p**n
+    print(f"p = {p}: the radius from k/n is too large with probability {too_large:.2f}, infinite with {infinite:.3f}")
+    assert too_large > 0.4
+assert certified_radius(1.0, 0.25) == math.inf
+
+# %% [markdown]
+# ## The bound of Clopper and Pearson
+#
+# We need $L$ with $\Pr_p[L(k) > p] \le \alpha$ for *every* $p$. Clopper and Pearson (1934) turn a family of tests around.
+# Having seen $k$, a value $p$ is *refuted* if under it so large a count would have been rare, $\Pr_p[X \ge k] \le \alpha$. The
+# bound is the edge of what is refuted:
+#
+# $$ L(k) = \sup\{\, p : \Pr_p[X \ge k] \le \alpha \,\}, \quad\text{the solution of}\quad
+#    \sum_{j = k}^{n} \binom nj p^j (1 - p)^{n - j} = \alpha \quad (k \ge 1), \qquad L(0) = 0. \tag{2} $$
+#
+# *Why it is valid.* The tail $\Pr_p[X \ge k]$ increases with $p$ (next equation), so $L(k) > p$ means that
+# $\Pr_p[X \ge k] < \alpha$. The tail decreases with $k$; let $k^*$ be the smallest count with $L(k^*) > p$. As $L$ increases
+# with $k$, $\Pr_p[L(X) > p] = \Pr_p[X \ge k^*] < \alpha$. If there is no such count, the probability is 0. $\square$ No
+# approximation has been made, and no assumption about $p$ or $n$.
+#
+# **The Beta form.** Let $U_1, \dots, U_n$ be independent and uniform on $[0, 1]$. The number of them below $p$ is
+# $\operatorname{Binomial}(n, p)$, and it is at least $k$ exactly if the $k$-th smallest, $U_{(k)}$, is below $p$. The $k$-th
+# of $n$ uniform order statistics has the density $n\binom{n-1}{k-1}u^{k-1}(1-u)^{n-k}$ (one of them at $u$, $k-1$ below,
+# $n - k$ above), which is that of $\operatorname{Beta}(k, n - k + 1)$. Hence
+#
+# $$ \Pr_p[X \ge k] = \Pr[U_{(k)} \le p] = F_{\operatorname{Beta}(k,\, n - k + 1)}(p), \qquad
+#    L(k) = F^{-1}_{\operatorname{Beta}(k,\, n - k + 1)}(\alpha), \qquad L(n) = \alpha^{1/n}. \tag{3} $$
+#
+# It shows the monotonicity (a distribution function increases), and gives the bound as a quantile. At $k = n$ the sum in (2)
+# has the single term $p^n$.
+
+# %%
+show(lower_confidence_bound)
+
+
+# %% [markdown]
+# **Check.** Solve (2) by bisection on the sum, written out term by term, and compare; and check the density of the order
+# statistic by the derivative of the sum.
+
+# %%
+def upper_tail(k, n, p):
+    return math.fsum(math.comb(n, j) * p**j * (1 - p) ** (n - j) for j in range(k, n + 1))
+
+
+for k, n, a in ((1, 10, 0.05), (7, 10, 0.001), (60, 100, 0.001), (99, 100, 0.05), (100, 100, 0.001)):
+    root_of_sum = brentq(lambda p, k=k, n=n, a=a: upper_tail(k, n, p) - a, 1e-12, 1 - 1e-12, xtol=1e-13)
+    bound = lower_confidence_bound(k, n, a)
+    print(f"k = {k:3} of {n:3}, alpha = {a}: L = {bound:.6f}, k/n = {k / n:.2f}")
+    assert abs(root_of_sum - bound) < 1e-9
+    slope = (upper_tail(k, n, bound + 1e-6) - upper_tail(k, n, bound - 1e-6)) / 2e-6
+    assert abs(slope / (n * math.comb(n - 1, k - 1) * bound ** (k - 1) * (1 - bound) ** (n - k)) - 1) < 1e-4
+assert lower_confidence_bound(0, 10, 0.05) == 0
+
+
+# %% [markdown]
+# ## How often does a bound err? Exactly
+#
+# For a given $p$ the probability that a bound errs is a finite sum: add up the probabilities of all counts with $L(k) > p$. No
+# simulation is needed. We compare three bounds, with $z = \Phi^{-1}(1 - \alpha)$:
+#
+# $$ L_{\text{Hoeffding}} = \hat p - \sqrt{\frac{\ln(1/\alpha)}{2n}}, \qquad
+#    L_{\text{Wilson}} = \frac{\hat p + \frac{z^2}{2n} - z\sqrt{\frac{\hat p(1 - \hat p)}{n} + \frac{z^2}{4n^2}}}{1 +
+#    \frac{z^2}{n}}. \tag{4} $$
+#
+# Hoeffding's is valid: for $[0, 1]$-valued independent variables $\Pr[\hat p - p \ge t] \le e^{-2nt^2}$, and $t$ is chosen to
+# make the right-hand side $\alpha$. It uses only that the variance is at most $1/4$, and so is loose where the variance
+# $p(1 - p)$ is small: near $p = 1$, where large radii live.
+#
+# Wilson's solves $(\hat p - p)/\sqrt{p(1-p)/n} = z$ for $p$: the count is treated as normal, with the right variance. It is an
+# excellent *approximate* interval. But a binomial is skewed and lives on integers, and the approximation errs where it likes.
+
+# %%
+def hoeffding(k, n, alpha):
+    return np.maximum(0, k / n - np.sqrt(np.log(1 / alpha) / (2 * n)))
+
+
+def wilson(k, n, alpha):
+    share, z = k / n, norm.isf(alpha)
+    return (share + z**2 / (2 * n) - z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))) / (1 + z**2 / n)
+
+
+def clopper_pearson(k, n, alpha):
+    return np.array([lower_confidence_bound(int(j), n, alpha) for j in k])
+
+
+def error_probability(bound, n, p, alpha):
+    """P[bound(k) > p] for each p: the bounds grow with k, so it is a binomial tail."""
+    bounds = np.maximum.accumulate(bound(np.arange(n + 1), n, alpha))
+    return binom.sf(np.searchsorted(bounds, p, side="right") - 1, n, p)
+
+
+p = expit(np.linspace(-11.5, 9.2, 12_000))                           # evenly on the logit scale: both ends are seen
+figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.6), sharey=True)
+worst = {}
+for axis, n in zip(axes, (10, 100, 1000), strict=True):
+    for bound, colour, width, name in ((wilson, RED, 0.8, "Wilson"), (clopper_pearson, BLUE, 0.8, "Clopper-Pearson"),
+                                       (hoeffding, GREEN, 1.2, "Hoeffding")):
+        error = error_probability(bound, n, p, alpha)
+        worst[name, n] = error.max(), error[p > 0.5].max()
+        axis.semilogy(p, np.maximum(error, 1e-9) / alpha, color=colour, linewidth=width, label=name)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set(xlabel="true share $p$", title=f"n = {n}", ylim=(1e-3, 300), xscale="logit", xlim=(1e-5, 0.9999))
+    axis.set(xticks=(1e-4, 1e-2, 0.5, 0.99), xticklabels=("0.0001", "0.01", "0.5", "0.99"))
+    axis.minorticks_off()
+axes[0].set_ylabel(r"chance of error / $\alpha$ (allowed: 1)")
+handles = axes[0].get_legend_handles_labels()
+figure.legend(*handles, loc="outside upper center", ncols=3)
+plt.show()
+for (name, n), (error, above) in worst.items():
+    print(f"{name:16} n = {n:4}: largest error {error / alpha:6.2f} alpha; for p > 1/2 {above / alpha:5.2f} alpha")
+    assert (error <= alpha * (1 + 1e-6)) == (name != "Wilson")
+
+# %% [markdown]
+# (Where a curve ends on the right, $p$ exceeds the largest value of the bound, which then cannot err.) The saw teeth of
+# Clopper and Pearson touch the line from below and never cross it. Its coverage is at times better than promised, because
+# counts are integers; that is the price of a promise for every $p$.
+#
+# Wilson crosses the line at every $n$. For small $p$ its error is about 80 times what is allowed (take $p$ just below $L(1)$:
+# one success is enough to err). Above one half, the range that certificates are about, the excess is modest, tens of percent
+# at $n = 100$ and fading with $n$, and it sits right beside $p = 1/2$, where abstention is decided. Near $p = 1$ the bound is
+# even more cautious than necessary. So why is it *not allowed*? Because "with probability at least $1 - \alpha$, for every $f$
+# and $x$" is the whole product. A bound whose error is usually close to $\alpha$ gives a different, weaker sentence, one that
+# has to be argued anew for each $p$, and nobody knows $p$. The exact bound costs nothing more.
+#
+# And Hoeffding? Valid, and expensive. Below, the radius that each *valid* bound proves when the count is what it should be,
+# $k = np$:
+
+# %%
+true = np.linspace(0.5, 0.9995, 300)
+figure, axis = plt.subplots(figsize=(5.6, 3.8))
+axis.plot(norm.ppf(true), norm.ppf(true), color="black", linewidth=1, label="exact $p$")
+for n, style in ((1000, ":"), (100_000, "-")):
+    k = np.floor(n * true)
+    for bound, colour, name in ((lower_confidence_bound, BLUE, "Clopper-Pearson"), (hoeffding, GREEN, "Hoeffding")):
+        proven = [certified_radius(float(bound(j, n, alpha)), 1.0) for j in k]
+        axis.plot(norm.ppf(true), proven, style, color=colour, label=f"{name}, n = {n:,}".replace(",", " "))
+axis.set(xlabel=r"true radius $\Phi^{-1}(p)$ ($\sigma$)", ylabel=r"proven radius ($\sigma$)")
+axis.legend()
+plt.show()
+for n in (100, 10_000):
+    assert all(lower_confidence_bound(k, n, alpha) > hoeffding(k, n, alpha) for k in range(n // 2, n + 1, n // 50))
+
+# %% [markdown]
+# ## When to abstain
+#
+# If $L(k) \le 1/2$, formula (6) of notebook 1 gives no positive radius, and it is not even certain that $g$ answers $A$ at $x$
+# itself. Then nothing is said:
+#
+# $$ \text{CERTIFY: } \quad \begin{cases} (A,\ \sigma\,\Phi^{-1}(L(k))) & L(k) > \tfrac12 \\ \text{abstain} & L(k) \le
+#    \tfrac12 \end{cases}
+#    \qquad\Rightarrow\qquad \Pr[\text{certificate false}] \le \Pr[L(k) > p] \le \alpha. \tag{5} $$
+#
+# The implication needs a line of thought. If $L(k) \le p$, then $p > 1/2$ whenever a certificate is issued, $A$ is the answer
+# of $g$, and the radius from $L(k)$ is at most the true one. So a false certificate requires $L(k) > p$. Abstentions are never
+# false; they count as wrong in certified accuracy, so they are not free either.
+#
+# In the scripts: `Trial.absorb` selects and counts, `FixedN.decide` bounds, `Trial.certificate` abstains or answers.
+
+# %%
+show(Trial, FixedN)
+
+
+# %% [markdown]
+# **Check.** The chance to abstain is exactly $\Pr_p[k < k^*]$, where $k^*$ is the least count with $L(k^*) > 1/2$, which is in
+# turn the least count whose tail under a fair coin is below $\alpha$. We compare the latter sum, in whole numbers, with the
+# bound; and count false certificates on the boundary of a linear classifier, where $p = 1/2$ and every certificate is false.
+
+# %%
+def least_count(n, alpha):
+    """By integers alone: the least k with sum_{j >= k} C(n, j) < alpha 2^n."""
+    tail, k = 0, n + 1
+    while (tail + math.comb(n, k - 1)) < alpha * 2**n:
+        k -= 1
+        tail += math.comb(n, k)
+    return k
+
+
+for n in (20, 100, 1000):
+    k = least_count(n, alpha)
+    assert lower_confidence_bound(k, n, alpha) > 0.5 >= lower_confidence_bound(k - 1, n, alpha)
+    print(f"n = {n:4}: certifies from {k} of {n} on")
+
+on_the_plane = lambda z: torch.stack([z.flatten(1).sum(1), -z.flatten(1).sum(1)], dim=1)
+false = sum(certify(on_the_plane, torch.zeros(1, 2, 2), 0.25, n0=100, n=100, alpha=0.05, index=i)[0] != ABSTAIN
+            for i in range(1000))
+print(f"on the plane, 1000 runs with alpha = 0.05: {false} false certificates")
+assert false <= binom.ppf(1 - 1e-4, 1000, 0.05)
+
+p = np.linspace(0.5, 0.7, 400)
+figure, axis = plt.subplots(figsize=(5.6, 3.6))
+for n, colour, style in ((100, BLUE, "-"), (1000, RED, "--"), (10_000, GREEN, "-."), (100_000, PINK, ":")):
+    k = np.searchsorted(binom.sf(np.arange(n + 1) - 1, n, 0.5) < alpha, True)             # k*, by the tail of a fair coin
+    axis.plot(p, 100 * binom.cdf(k - 1, n, p), style, color=colour, label=f"n = {n:,}".replace(",", " "))
+axis.set(xlabel="true share $p$", ylabel="chance to abstain (%)", xlim=(0.5, 0.7), ylim=(0, 101))
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# **Prediction without a radius.** Who only wants $g(x)$ can do with less. `predict` takes the two most frequent classes, with
+# counts $k_1 \ge k_2$, and abstains unless a two-sided test of $k_1$ out of $k_1 + k_2$ against a fair coin has a $p$-value of
+# at most $\alpha$:
+#
+# $$ 2 \sum_{j = k_1}^{m} \binom{m}{j} 2^{-m} \le \alpha, \qquad m = k_1 + k_2. \tag{6} $$
+#
+# Given that a copy fell into one of two fixed classes, it is a coin toss, fair only if both are equally likely. The test is
+# *two*-sided as the same draws decide which of the two classes is called the first: either could have come out ahead.
+
+# %%
+show(predict)
+
+
+# %%
+def two_sided(k1, k2):
+    return min(1.0, 2 * sum(math.comb(k1 + k2, j) for j in range(k1, k1 + k2 + 1)) / 2 ** (k1 + k2))
+
+
+answers = [predict(on_the_plane, torch.zeros(1, 2, 2), 0.25, n=100, alpha=0.05, index=i) for i in range(1000)]
+tallies = [count_classes(on_the_plane, [(torch.zeros(1, 2, 2), generator_for(0, i, 2, "cpu"), 100)], GaussianNoise(0.25))[0]
+           for i in range(1000)]
+assert all((a != ABSTAIN) == (two_sided(int(t.max()), int(t.min())) <= 0.05) for a, t in zip(answers, tallies, strict=True))
+print(f"with equal classes, predict answers in {np.mean(np.array(answers) != ABSTAIN):.1%} of runs; allowed are 5 %")
+
+# %% [markdown]
+# ## The largest radius that $n$ draws can prove
+#
+# The best outcome is $k = n$. By (3) it proves the share $\alpha^{1/n}$ and no more, so
+#
+# $$ R_{\max}(n) = \sigma\,\Phi^{-1}\bigl(\alpha^{1/n}\bigr)
+#    \;\approx\; \sigma\sqrt{2 \ln \frac{n}{2\ln(1/\alpha)}}. \tag{7} $$
+#
+# For $1 - \alpha^{1/n} \approx \ln(1/\alpha)/n$ when $n$ is large, and the Gaussian tail $1 - \Phi(t)$ is at most
+# $\frac12 e^{-t^2/2}$ and smaller than it by a factor of order $1/t$ only, which the logarithm nearly forgives (the grey line
+# errs by a few tenths, upwards). The cap grows like $\sqrt{\ln n}$: doubling a radius takes the *fourth power* of the number
+# of draws. This is why certified-accuracy curves end in a cliff, and why radii beyond $4\sigma$ are never reported. In the
+# code it is nothing but `certified_radius(lower_confidence_bound(n, n, alpha), sigma)`.
+#
+# **Check** against the root of $p^n = \alpha$, against the committed run (no radius beyond the cap, several at it).
+
+# %%
+for n in (10, 1000, 100_000):
+    share = brentq(lambda p, n=n: n * math.log(p) - math.log(alpha), 1e-9, 1 - 1e-15, xtol=1e-15)
+    assert abs(certified_radius(lower_confidence_bound(n, n, alpha), 1.0) - norm.ppf(share)) < 1e-6
+rows = stage3.read_rows(root / "results/digits/certify_sigma_0.25.tsv")
+cap = certified_radius(lower_confidence_bound(10_000, 10_000, alpha), 0.25)
+largest = max(row["radius"] for row in rows)
+assert all(row["radius"] <= cap and row["radius"] == round_down(certified_radius(
+    lower_confidence_bound(row["count"], row["n"], alpha), 0.25)) for row in rows if row["predict"] != ABSTAIN)
+print(f"committed run, n = 10 000, sigma = 0.25: largest radius {largest:.4f}, cap {cap:.4f}")
+
+n = np.unique(np.geomspace(10, 1e7, 200).astype(int))
+figure, axis = plt.subplots(figsize=(5.8, 3.8))
+for sigma, colour, style in ((0.25, BLUE, "-"), (0.5, RED, "--"), (1.0, GREEN, "-.")):
+    axis.semilogx(n, [certified_radius(alpha ** (1 / m), sigma) for m in n], style, color=colour, label=rf"$\sigma$ = {sigma}")
+axis.semilogx(n, np.sqrt(2 * np.log(np.maximum(n / (2 * math.log(1 / alpha)), 1))), color="0.5", linewidth=1,
+              label=r"approximation, $\sigma$ = 1")
+for m in (10_000, 100_000):
+    axis.axvline(m, color="0.5", linestyle=":", linewidth=1)
+axis.text(10_000, 0.05, "ImageNet\nin the paper", ha="right", fontsize=9)
+axis.text(100_000, 0.05, " usual", fontsize=9)
+axis.set(xlabel="draws n", ylabel=r"largest provable $\ell_2$ radius (pixels in [0, 1])", ylim=(0, 5.5))
+axis.legend(loc="upper left")
+plt.show()
+
+# %% [markdown]
+# ## Selection and estimation: why the draws must be fresh
+#
+# The count in (2) belongs to a class that was fixed *before* the draws were made. CERTIFY therefore takes $n_0$ copies to
+# choose $A$, and $n$ fresh ones to count. If one set served both purposes, $k$ would be the *largest* of several counts, which
+# is not binomial. The error is then bounded only by a sum over what could have been chosen:
+#
+# $$ \Pr\bigl[L(k_{\hat c}) > p_{\hat c}\bigr] \;\le\; \sum_{c} \Pr\bigl[L(k_c) > p_c,\ \hat c = c\bigr],
+#    \qquad \hat c = \arg\max_c k_c. \tag{8} $$
+#
+# With fresh draws, conditionally on $\hat c$ each count is binomial, and the bound holds given any choice. How much does reuse
+# cost? For two classes of probability $1/2$ each, a certificate for either is false, and either may win: the error is exactly
+# $2\alpha'$, where $\alpha' \le \alpha$ is the exact error of the bound there. For certificates, which need $L > 1/2$, it
+# hardly gets worse, as two classes at most can be near one half.
+#
+# But the same mistake at a larger scale is unbounded. Who certifies with $M$ random seeds, or $M$ fine-tuned models, and
+# reports for each image the largest radius, chooses among $M$ bounds, each wrong with probability up to $\alpha$; for
+# independent ones the error is
+#
+# $$ 1 - (1 - \alpha)^M. \tag{9} $$
+#
+# (The envelope over several $\sigma$ in the literature's tables is another matter: it compares whole curves, each a statement
+# of its own.)
+#
+# The two random streams of an image, and a third for `predict`, are kept apart by `generator_for`, whose key holds the phase:
+
+# %%
+show(generator_for)
+
+# %% [markdown]
+# **Check.** The streams of the phases differ. Reuse and fresh draws, exactly, by enumeration of all counts; and (9) by
+# simulation. The right panel shows the other side: how few draws selection needs. A wrong choice is harmless (the true share
+# is then below one half, and the bound abstains), it only wastes an image.
+
+# %%
+streams = [torch.randn(1000, generator=generator_for(0, 7, phase, "cpu")) for phase in (0, 1, 2)]
+assert all(abs(torch.corrcoef(torch.stack([streams[a], streams[b]]))[0, 1]) < 0.15 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+n, a = 100, 0.05
+k = np.arange(n + 1)
+bounds = clopper_pearson(k, n, a)
+share = np.linspace(0.5, 0.7, 201)                                    # of class 0; class 1 has the rest
+false_0 = np.array([binom.pmf(k[(bounds > p) & (bounds > 0.5)], n, p).sum() for p in share])
+false_1 = np.array([binom.pmf(k[(bounds > 1 - p) & (bounds > 0.5)], n, 1 - p).sum() for p in share])
+choose_0 = binom.sf(49, 100, share)                                   # n0 = 100; ties choose class 0
+fresh, reused = choose_0 * false_0 + (1 - choose_0) * false_1, false_0 + false_1
+assert fresh.max() <= a and reused.max() > 1.7 * fresh[0]
+
+random = np.random.default_rng(0)
+models = np.array([1, 2, 5, 10, 20, 50])
+p = 0.8
+at_p = error_probability(clopper_pearson, n, np.array([p]), a)[0]
+best = [np.mean(bounds[random.binomial(n, p, (20_000, m))].max(axis=1) > p) for m in models]
+assert np.allclose(best, 1 - (1 - at_p) ** models, atol=0.015)
+
+figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.5))
+axes[0].plot(share, 100 * reused, "--", color=RED, label="draws reused")
+axes[0].plot(share, 100 * fresh, color=BLUE, label="fresh draws")
+axes[0].axhline(100 * a, color="black", linewidth=1)
+axes[0].set(xlabel="true share of class 0", ylabel="false certificates (%)", ylim=(0, 11), title="selection, n = 100, α = 5 %",
+            xlim=(0.5, 0.7))
+axes[0].legend()
+axes[1].semilogx(models, 100 * np.array(best), "o", color=RED, label="simulated")
+axes[1].semilogx(models, 100 * (1 - (1 - at_p) ** models), color=RED, label="(9)")
+axes[1].axhline(100 * a, color="black", linewidth=1)
+axes[1].set(xlabel="runs, of which the best is kept", ylabel="false bounds (%)", ylim=(0, 100),
+            title="best of M, n = 100, α = 5 %", xticks=models, xticklabels=models)
+axes[1].minorticks_off()
+axes[1].legend()
+for n0, colour, style in ((10, GREEN, ":"), (100, BLUE, "-"), (1000, PINK, "--")):
+    axes[2].semilogy(share, np.maximum(binom.cdf(n0 // 2 - 1, n0, share), 1e-12), style, color=colour, label=f"$n_0$ = {n0}")
+axes[2].set(xlabel="true share of class 0", ylabel="chance of a wrong choice", ylim=(1e-6, 1), xlim=(0.5, 0.7),
+            title="selection rarely errs")
+axes[2].legend()
+plt.show()
+
+
+# %% [markdown]
+# ## Peeking
+#
+# Drawing is expensive, so one looks at the count from time to time and stops once the bound is good enough. Each look is a
+# test at level $\alpha$, and the error is that *any* of them errs:
+#
+# $$ \Pr\bigl[\exists\, i \le m : L_{n_i}(k_{n_i}) > p\bigr] \;\le\; m\,\alpha,
+#    \quad\text{and in general far above } \alpha, \qquad n_1 < n_2 < \dots < n_m \text{ the looks.} \tag{10} $$
+#
+# How bad is it? Looks at similar $n$ are correlated, so it is less than $m\alpha$. But it is not bounded by anything below 1:
+# by the law of the iterated logarithm, $k_n - np$ exceeds $\sqrt{2 p (1-p) n \ln\ln n}\,(1 - \epsilon)$ infinitely often, for
+# every $\epsilon > 0$, while the margin of a fixed-$n$ bound is only a constant times $\sqrt n$. Who waits long enough is
+# certain to see a bound that exceeds the truth. (This also holds for the informal version: draw 10 000, and if the image
+# "nearly" made it, another 10 000.)
+#
+# **Check**, exactly. The count is a random walk; we carry its distribution from look to look, and remove at each look what has
+# erred.
+
+# %%
+def least_false_count(bound, n, p, alpha):
+    """The least count whose bound exceeds p."""
+    low, high = math.ceil(n * p), n + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if bound(middle, n, alpha) > p else (middle + 1, high)
+    return low
+
+
+def peeking_error(bound, looks, p, alpha):
+    """P[the bound has exceeded p at one of the looks so far], at every look: exact."""
+    alive, lost, errors, before = np.ones(1), 0.0, [], 0
+    for look in looks:
+        step = binom.pmf(np.arange(look - before + 1), look - before, p)
+        alive, before = np.convolve(alive, step), look
+        first = least_false_count(bound, look, p, alpha)
+        lost += alive[first:].sum()
+        alive[first:] = 0
+        errors.append(lost)
+    return np.array(errors)
+
+
+looks, p = np.arange(100, 5001, 100), 0.75
+peeked = {a: peeking_error(lower_confidence_bound, looks, p, a) for a in (0.05, 0.001)}
+once = peeking_error(lower_confidence_bound, [5000], p, 0.05)[0]
+random = np.random.default_rng(1)
+walks = random.binomial(100, p, (20_000, len(looks))).cumsum(axis=1)
+limits = [least_false_count(lower_confidence_bound, int(m), p, 0.05) for m in looks]
+assert once <= 0.05 and abs((walks >= limits).any(axis=1).mean() - peeked[0.05][-1]) < 0.015     # the walk against simulation
+for a, errors in peeked.items():
+    print(f"alpha = {a}: error after 1 look {errors[0]:.4f}, 10 looks {errors[9]:.4f}, 50 looks {errors[-1]:.4f}")
+    assert errors[-1] > 3 * a
+
+# %% [markdown]
+# ## A bound that may be looked at any time
+#
+# The cure is to measure evidence by something that cannot be inflated by waiting. Suppose someone claims that $p \le p_0$, and
+# we bet against it. Having seen $k$ successes in $n$ draws, our capital, from a start of 1, is
+#
+# $$ E_n = \int_{p_0}^{1} \Bigl(\frac{q}{p_0}\Bigr)^{k} \Bigl(\frac{1 - q}{1 - p_0}\Bigr)^{n - k} w(q)\, dq, \tag{11} $$
+#
+# where $w \ge 0$ is a density on $(p_0, 1]$: how we spread the first unit over alternatives $q$. Here $w$ is the
+# $\operatorname{Beta}(\tfrac12, \tfrac12)$ density, restricted to $(p_0, 1]$ and scaled to integrate to one.
+#
+# **$E_n$ is a supermartingale when the claim is true.** For one $q > p_0$ let the true share be $s \le p_0$. At the next draw
+# the integrand is multiplied by $q/p_0$ with probability $s$, by $(1-q)/(1-p_0)$ otherwise; on average by
+#
+# $$ s\,\frac{q}{p_0} + (1 - s)\,\frac{1 - q}{1 - p_0}
+#    \;\le\; p_0\,\frac{q}{p_0} + (1 - p_0)\,\frac{1 - q}{1 - p_0} = 1, \tag{12} $$
+#
+# as the left side increases with $s$ (because $q/p_0 > 1 > (1-q)/(1-p_0)$). An average over $q$ of such processes is one
+# again: $\mathbb E[E_{n+1} \mid \text{past}] \le E_n$. Betting against a true claim does not pay, whenever one stops.
+#
+# **Ville's inequality** (1939). Let $E_0 = 1, E_1, E_2, \dots \ge 0$ be a supermartingale. Then
+#
+# $$ \Pr\bigl[\exists\, n : E_n \ge 1/\alpha\bigr] \le \alpha. \tag{13} $$
+#
+# *Proof.* Let $\tau$ be the first $n$ with $E_n \ge 1/\alpha$ ($\infty$ if there is none). The capital stopped at $\tau$ is a
+# supermartingale too: before $\tau$ it moves like $E$, afterwards not at all. So for each fixed $N$,
+# $\mathbb E[E_{\min(\tau, N)}] \le E_0 = 1$. On the event $\tau \le N$ that variable is at least $1/\alpha$, and it is never
+# negative, hence $1 \ge \mathbb E[E_{\min(\tau, N)}] \ge \Pr[\tau \le N] / \alpha$, that is $\Pr[\tau \le N] \le \alpha$. The
+# events $\{\tau \le N\}$ grow to $\{\tau < \infty\}$ as $N \to \infty$, and probability is continuous from below. $\square$
+#
+# It is Markov's inequality, valid for the whole path at the price of one point. The *anytime lower bound* collects the refuted
+# claims: $L_n$ is the largest $p_0$ with $E_n(p_0) \ge 1/\alpha$. If $L_n > p$ at any $n$, then the true claim "the share is
+# at most $p$" has been refuted, which happens with probability at most $\alpha$ for all $n$ together. (That $E_n$ falls as
+# $p_0$ rises, below $k/n$, is what makes "largest" well-defined; the tests check it.)
+#
+# The integral has a closed form: $q^{k}(1-q)^{n-k}$ times the Beta density is another Beta density, so numerator and
+# normalisation are upper tails of Beta distributions (`betaincc`), all in logarithms.
+
+# %%
+show(log_e_value, anytime_lower_bound)
+
+
+# %% [markdown]
+# **Check.** The closed form against numerical integration of (11); the mean of $E_n$ by exact summation over all counts, 1 at
+# $s = p_0$ and less below; and the error of the anytime bound by the same exact random walk as before.
+
+# %%
+def integrand(t, k, n, p0):
+    """Of (11), after q = 1 - (1 - p0) t^2, which takes the pole of w at q = 1 away."""
+    q = 1 - (1 - p0) * t**2
+    weight = beta.pdf(q, 0.5, 0.5) / beta.sf(p0, 0.5, 0.5)
+    return (q / p0) ** k * ((1 - q) / (1 - p0)) ** (n - k) * weight * 2 * (1 - p0) * t
+
+
+for k, n, p0 in ((3, 10, 0.5), (70, 100, 0.5), (95, 100, 0.8), (0, 5, 0.3)):
+    integral = quad(integrand, 1e-12, 1, args=(k, n, p0), points=[0.3, 0.7])[0]
+    assert abs(math.exp(log_e_value(k, n, p0)) / integral - 1) < 1e-6
+
+k, n, p0 = np.arange(201), 200, 0.7
+mean = {s: float(binom.pmf(k, n, s) @ np.exp(log_e_value(k, n, p0))) for s in (0.7, 0.69, 0.6)}
+print("mean of E after 200 draws against p <= 0.7:", {s: round(value, 4) for s, value in mean.items()})
+assert abs(mean[0.7] - 1) < 1e-8 and mean[0.69] < 1 and mean[0.6] < mean[0.69]
+
+anytime = {a: peeking_error(anytime_lower_bound, looks, p, a) for a in (0.05, 0.001)}
+for a, errors in anytime.items():
+    print(f"alpha = {a}: error of the anytime bound after 50 looks {errors[-1]:.5f}")
+    assert 0 < errors[-1] <= a
+
+figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.7))
+for a, style in ((0.05, "-"), (0.001, "--")):
+    axes[0].semilogy(looks, peeked[a] / a, style, color=RED, label=f"Clopper-Pearson, α = {a}")
+    axes[0].semilogy(looks, anytime[a] / a, style, color=BLUE, label=f"anytime bound, α = {a}")
+axes[0].axhline(1, color="black", linewidth=1)
+axes[0].set(xlabel="draws, with a look after every 100", ylabel="chance of an error so far / α", ylim=(0.001, 40),
+            xlim=(0, 5000))
+axes[0].legend(ncols=1, loc="lower right", fontsize=9)
+axes[0].set_title("exact, p = 0.75")
+random = np.random.default_rng(5)
+steps = np.arange(10, 1501, 10)
+for true, colour, name in ((0.5, BLUE, "true: p = 0.5"), (0.58, RED, "false: p = 0.58")):
+    for run in range(12):
+        path = random.binomial(10, true, len(steps)).cumsum()
+        axes[1].plot(steps, log_e_value(path, steps, 0.5) / math.log(10), color=colour, linewidth=0.8, alpha=0.8,
+                     label=name if run == 0 else None)
+axes[1].axhline(3, color="black", linewidth=1)
+axes[1].text(1480, 2.2, "1/α = 1000", ha="right", bbox=dict(facecolor="white", edgecolor="none", pad=1))
+axes[1].set(xlabel="draws", ylabel=r"$\log_{10}$ of the evidence $E_n$", ylim=(-3, 8), xlim=(0, 1500),
+            title="betting against the claim $p \\leq 0.5$")
+axes[1].legend(loc="upper left")
+plt.show()
+
+# %% [markdown]
+# ## The sequential test: same guarantee, fewer draws
+#
+# The anytime bound is smaller than Clopper and Pearson's at the same $n$: validity at all times has a price. It buys the right
+# to stop. A table of certified accuracy asks only whether the radius reaches 0.25, 0.5 and so on, so an image may stop as soon
+# as the largest radius of the table is proven, or when the next one is *futile*. With $r$ that radius, futility means
+#
+# $$ \text{evidence against } p_A \ge \Phi(r/\sigma) \text{ reaches } 100, \tag{14} $$
+#
+# computed as (11) with successes and failures exchanged. It needs no share of $\alpha$, since stopping early for whatever
+# reason issues no certificate: a wrong stop costs a certificate, never a lie. The rule is `Sequential`:
+
+# %%
+show(Sequential)
+
+
+# %% [markdown]
+# **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n = 100\,000$: how many draws until
+# it stops, and is its answer on "$R \ge r$" never wrong in the dangerous direction? Close to the boundary (grey line) it
+# needs tens of thousands of draws; away from it, about a thousand. ($R \ge r$ is undecidable at the boundary itself.)
+
+# %%
+def run_sequential(p, rule, random):
+    k = n = 0
+    bound, stop = 0.0, False
+    while not stop:
+        look = rule.next_look(n)
+        k, n = k + random.binomial(look - n, p), look
+        bound, stop = rule.decide(k, n, bound)
+    return bound, n
+
+
+random, r, sigma = np.random.default_rng(6), 0.5, 0.5
+rule = Sequential(100_000, alpha, sigma, [r])
+true_shares = norm.cdf(np.array([0.2, 0.6, 0.8, 0.9, 0.96, 1.04, 1.1, 1.2, 1.5, 2.0]))    # radii 0.2 sigma, ...
+results = [[run_sequential(p, rule, random) for _ in range(4)] for p in true_shares]
+for p, runs in zip(true_shares, results, strict=True):
+    assert all(bound <= p for bound, _ in runs)                       # fails with probability 0.001 a run
+draws = np.array([[n for _, n in runs] for runs in results])
+assert draws.min() < 3000 and np.median(draws) < 50_000
+figure, axis = plt.subplots(figsize=(5.6, 3.6))
+axis.axvline(r, color="0.6", linewidth=1)
+axis.axhline(100_000, color=RED, linestyle="--", label="fixed n")
+axis.semilogy(sigma * norm.ppf(true_shares), draws, "o", color=BLUE, markersize=5, alpha=0.6)
+axis.semilogy(sigma * norm.ppf(true_shares), draws.mean(axis=1), color=BLUE, label="sequential: runs, mean")
+axis.set(xlabel=r"true radius, with $r = 0.5$ asked (pixels in [0, 1])", ylabel="draws", ylim=(700, 250_000))
+axis.legend(loc="center right")
+plt.show()
+
+# %% [markdown]
+# ## One image, and a whole test set
+#
+# With $\alpha = 0.001$ each of $m$ certificates is false with probability at most 0.001. Of 10 000 images, about ten may carry
+# a false one. What does that do to the certified accuracy, the share of images with a right answer and $R \ge r$? Let
+# $Z_i = 1$ if the certificate of image $i$ is false. Given the images, the $Z_i$ are independent (each has its own noise) with
+# $\Pr[Z_i = 1] \le \alpha$, so $\sum Z_i$ is stochastically smaller than $\operatorname{Binomial}(m, \alpha)$, and
+#
+# $$ \Pr\Bigl[\text{measured} - \text{true certified accuracy} > \frac qm\Bigr] \le \Pr\bigl[\operatorname{Bin}(m,
+#    \alpha) > q\bigr] \le \rho, \qquad
+#    q = \min\{j : \Pr[\operatorname{Bin}(m, \alpha) \le j] \ge 1 - \rho\}. \tag{15} $$
+#
+# For if the measured number exceeds the true one by more than $q$, then more than $q$ images were counted that are not really
+# right within $r$, and each of those has a false certificate. (Independent indicators with chances $\alpha_i \le \alpha$ can
+# be coupled: with uniform $U_i$, $\mathbb 1[U_i < \alpha_i] \le \mathbb 1[U_i < \alpha]$.) This holds for every $r$ at once:
+# the false certificates are the same ones.
+#
+# Cohen, Rosenfeld and Kolter bound the same by Bernstein's inequality,
+# $q/m \le \alpha + \sqrt{2\alpha(1 - \alpha)\ln(1/\rho)/m} + \ln(1/\rho)/(3m)$. In their text the factor 2 under the root is
+# missing, and without it the bound can fail, as the check shows. The exact quantile needs no inequality, and is smaller than
+# the correct one.
+#
+# It is a statement about *these* images. How well a classifier does on the population they come from is a second question,
+# with a second error, that of any test accuracy.
+#
+# The other reading, "all $m$ certificates hold, with probability $1 - \alpha$", needs the union bound: run each image at
+# $\alpha / m$. By (7) that is cheap in radius, as $\ln(1/\alpha)$ grows slowly.
+
+# %%
+show(excess)
+
+# %% [markdown]
+# **Check.** The quantile by exact fractions, from its definition; unequal error chances do no harm (their distribution is
+# computed by convolution); and the committed run's table.
+
+# %%
+from fractions import Fraction
+
+m, rho = 120, 0.001
+mass = [math.comb(m, j) * Fraction(1, 1000) ** j * Fraction(999, 1000) ** (m - j) for j in range(20)]
+q = next(j for j in range(20) if sum(mass[:j + 1]) >= 1 - Fraction(1, 1000))
+assert excess(m, 0.001, rho) == q
+chances, distribution = np.random.default_rng(7).uniform(0, 0.001, 500), np.ones(1)
+for chance in chances:
+    distribution = np.convolve(distribution, [1 - chance, chance])
+assert np.all(distribution.cumsum()[:50] >= binom.cdf(np.arange(50), 500, 0.001) - 1e-12)         # stochastically smaller
+
+for factor in (1, 2):                                                 # under Bernstein's root, for 10 000 images
+    bernstein = 10 + math.sqrt(factor * 10 * 0.999 * math.log(1 / rho)) + math.log(1 / rho) / 3
+    beyond = binom.sf(math.floor(bernstein), 10_000, 0.001)
+    print(f"Bernstein with factor {factor}: {bernstein:.1f} false certificates, exceeded with probability {beyond:.5f}; "
+          f"quantile: {excess(10_000, 0.001, rho)}")
+    assert (beyond <= rho) == (factor == 2)
+
+summary = stage3.Summary(rows)
+print(f"committed run: m = {summary.m} images, at most q = {excess(summary.m, alpha)} false certificates, with 99.9 %")
+for r in (0.0, 0.25, 0.5):
+    print(f"  r = {r:4}: measured {100 * summary.accuracy(r):.1f} %, true value at least {100 * summary.guaranteed(r):.1f} %")
+    assert np.isclose(summary.accuracy(r) - summary.guaranteed(r), q / m)
+each = certified_radius(lower_confidence_bound(100_000, 100_000, alpha), 1.0)
+together = certified_radius(lower_confidence_bound(100_000, 100_000, alpha / 10_000), 1.0)
+print(f"largest radius from 100 000 draws: {each:.3f} sigma at alpha, {together:.3f} sigma at alpha / 10 000")
+assert 0.9 * each < together < each
+
+m = np.unique(np.geomspace(20, 50_000, 300).astype(int))
+figure, axis = plt.subplots(figsize=(5.6, 3.6))
+axis.loglog(m, [100 * excess(int(j), alpha) / j for j in m], color=BLUE, label=r"$q/m$, $\rho = 0.001$: exact")
+axis.axhline(100 * alpha, color="black", linestyle=":", label=r"mean, $\alpha$")
+for size, name in ((500, "500"), (10_000, "10 000")):
+    axis.plot(size, 100 * excess(size, alpha) / size, "o", color=RED)
+    axis.annotate(f"{name} images: {100 * excess(size, alpha) / size:.2f} %", (size, 100 * excess(size, alpha) / size),
+                  xytext=(0, 22), textcoords="offset points",
+                  arrowprops=dict(arrowstyle="-", color="0.5", linewidth=0.8, shrinkB=4))
+axis.set(xlabel="images m", ylabel="accuracy to subtract (%)", ylim=(0.05, 20), xlim=(15, 600_000))
+axis.legend()
+plt.show()
+
+
+# %% [markdown]
+# ## Floating point
+#
+# The theorem speaks of real numbers, a computer adds floats. Is it a quibble? A float near 1 has a spacing of $2^{-24}$ just
+# below and $2^{-23}$ above; near 0 the spacing is finer by many orders of magnitude. So the *last digits* of $x + e$ carry
+# information about $x$, which no real noise would leave, and a classifier may read it. Consider
+#
+# $$ f(z) = \mathbb 1\bigl[\, 2^{24} z \text{ is an integer} \,\bigr]. \tag{16} $$
+#
+# For real noise, $\Pr[f(x + e) = 1] = 0$ at every $x$: a countable set. With floats, at $x = 1$ every copy is such a multiple,
+# and at $x = 0$ only a third of them are. So CERTIFY at $x = 1$ sees 100 % and claims a radius far beyond the distance to
+# $x = 0$, where $g$ answers otherwise. The certificate is false, with certainty, and no confidence level helps.
+
+# %%
+def coarse(z):
+    """Class 1 where z is a multiple of 2^-24."""
+    yes = (z.double() * 2**24).frac() == 0
+    return torch.stack([~yes.flatten(), yes.flatten()], dim=1).float()
+
+
+sigma, one, zero = 0.3, torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+prediction, radius = certify(coarse, one, sigma, n=20_000)
+at_zero = predict(coarse, zero, sigma, n=20_000)
+print(f"at x = 1: class {prediction}, certified within {radius:.3f} > 1; at x = 0, within that radius: class {at_zero}")
+assert prediction == 1 and radius > 1 and at_zero == 0                # a false certificate
+
+places = np.linspace(0, 1, 101)
+share = [count_classes(coarse, [(torch.full((1, 1, 1), float(v)), generator_for(0, i, 1, "cpu"), 2000)],
+                       GaussianNoise(sigma), batch=1000)[0][1].item() / 2000 for i, v in enumerate(places)]
+figure, axis = plt.subplots(figsize=(5.6, 3.4))
+axis.plot(places, 100 * np.array(share), ".", color=RED, label="floats: counted")
+axis.axhline(0, color=BLUE, label="real numbers")
+axis.set(xlabel="pixel x", ylabel="noisy copies in class 1 (%)", ylim=(-3, 103))
+axis.legend(loc="center right")
+plt.show()
+
+# %% [markdown]
+# Networks do not read last digits on purpose, and published results rest on the belief that they do not do so by accident. It
+# can be made a theorem. Images are on a grid to begin with, $x \in \{0, 1/\ell, \dots, 1\}^d$. Let the base classifier *round*
+# its input to that grid (without clipping): $\tilde f(z) = f(\operatorname{round}(z))$ is a classifier like any other, so (5)
+# and (6) of notebook 1 hold for it with *real* noise. And since $x$ is on the grid,
+#
+# $$ \operatorname{round}(x + e) = x + \operatorname{round}(e), \qquad
+#    \Pr\bigl[\operatorname{round}(e) = j/\ell\bigr] = \Phi\Bigl(\frac{j + \frac12}{\sigma \ell}\Bigr) -
+#    \Phi\Bigl(\frac{j - \frac12}{\sigma \ell}\Bigr), \tag{17} $$
+#
+# so that all that is ever needed is an integer $j$ with these probabilities, for each pixel, with $\operatorname{round}$ to
+# the nearest multiple of $1/\ell$. It is drawn from 53 random bits and a table of the cumulative probabilities; draws that the
+# last bits of the table would decide are not counted for $A$. This is `GridNoise`, the option `--sound`.
+
+# %%
+show(GridNoise)
+
+# %% [markdown]
+# **Check.** The frequencies of the integers against (17); the identity on the left by exact rational arithmetic; and the trap:
+# with grid noise, what is claimed at $x = 1$ is also true at $x = 0$, as both are multiples of $1/16$ and stay such.
+
+# %%
+grid = GridNoise(sigma, 16, torch.device("cpu"))
+out = torch.empty(100, 1, 30, 30)
+counted = grid(torch.zeros(1, 30, 30), torch.Generator().manual_seed(0), out)
+j = (out * 16).round().long().flatten().numpy()
+values = np.arange(-12, 13)
+exact = norm.cdf((values + 0.5) / (16 * sigma)) - norm.cdf((values - 0.5) / (16 * sigma))
+observed = np.array([(j == v).mean() for v in values])
+assert counted.all() and np.all(np.abs(observed - exact) < 5 * np.sqrt(exact / len(j)))
+
+nearest = lambda z: Fraction(math.floor(z * 16 + Fraction(1, 2)), 16)
+for numerator in range(17):
+    for e in np.random.default_rng(numerator).normal(size=50):
+        assert nearest(Fraction(numerator, 16) + Fraction(float(e))) == Fraction(numerator, 16) + nearest(Fraction(float(e)))
+for place in (one, zero):
+    (trial,) = certify_all(coarse, [(0, place)], grid, 100, FixedN(20_000, alpha))
+    print(f"grid noise, x = {place.item():.0f}: {trial.certificate(sigma)}")
+    assert trial.certificate(sigma)[0] == 1
+
+figure, axis = plt.subplots(figsize=(5.6, 3.2))
+axis.bar(values, 100 * observed, color=BLUE, width=0.7, label="drawn, 90 000")
+axis.plot(values, 100 * exact, "o", color=RED, markersize=4, label="(17)")
+axis.set(xlabel=r"integer $j$ (noise in units of $1/16$)", ylabel="share (%)")
+axis.legend()
+plt.show()
+
+# %% [markdown]
+# One more place where digits matter: the radius that is printed. The quantiles are themselves computed in floats, and a table
+# entry must not exceed the truth, so radii are rounded *down*, with a margin of $10^{-9}$ for errors of the special functions.
+# And in one sense floats are no approximation at all: the theorem is about $f$ *as it is computed*. A network run in another
+# precision, or with another kernel, is another $f$, with its own certificates: deploy the one that you certified.
+
+# %%
+show(round_down)
+
+# %%
+for radius in (0.1234567891, 0.25, 1.0000004, 1e-10):
+    written = Fraction(f"{round_down(radius):.6f}")
+    assert written <= Fraction(radius) and Fraction(radius) - written < Fraction(2, 10**6)
+    print(f"{radius:.10f} -> {round_down(radius):.6f}")
+
+# %% [markdown]
+# ## What to take along
+#
+# * A certificate is a *confidence statement*: $L(k)$ exceeds the true share with probability at most $\alpha$, for every
+#   share. Clopper and Pearson's bound has this property exactly, (2) and (3); Wilson's has not.
+# * $n$ draws prove at most $\sigma\,\Phi^{-1}(\alpha^{1/n})$, (7).
+# * The class is chosen with other draws than those that are counted; the number of draws is fixed beforehand, or the bound is
+#   one that allows looking, (11) to (13).
+# * Per image $\alpha$; for the table, subtract $q/m$; for all certificates at once, $\alpha/m$.
+# * Whoever wants the theorem without a footnote draws the noise on the grid.
+#
+# Notebook 5 puts the pieces together on real images, and then tries to break the result.
