@@ -377,9 +377,8 @@ class Summary:
         self.radii = np.sort([row["radius"] for row in rows if row["correct"]])
         self.acr = self.radii.sum() / self.m                          # average certified radius; wrong ones count 0
         self.abstained = sum(row["predict"] == ABSTAIN for row in rows) / self.m
-        times = [re.fullmatch(r"(?:(\d+) days?, )?(\d+):(\d+):([\d.]+)", row["time"]) for row in rows]
-        seconds = [np.dot([86400, 3600, 60, 1], [float(part or 0) for part in time.groups()]) for time in times if time]
-        self.seconds = float(np.mean(seconds)) if seconds else math.nan
+        times = [[float(part) for part in re.findall(r"[\d.]+", row["time"])] for row in rows]       # d, h:mm:ss or seconds
+        self.seconds = float(np.mean([np.dot(time, [86400, 3600, 60, 1][-len(time):]) for time in times]))
         self.draws = sum(row.get("n", 0) for row in rows)
 
     def right(self, r):
