@@ -715,7 +715,7 @@ def open_images(dataset, data_path, split, image_size, channels, holdout=0.0, de
         part = CIFAR10(data_path, train=split != "test")
         images = Images(torch.tensor(part.targets), part.classes, 32, 3, torch.from_numpy(part.data).movedim(3, 1).clone())
     else:
-        roots = {name: Path(data_path or "", name) for name in ("train", "val", "test")}
+        roots = {name: Path(data_path or "--data-path", name) for name in ("train", "val", "test")}
         found = [name for name, root in roots.items() if root.is_dir()]
         require("train" in found, f"there is no folder {roots['train']}")
         require(len(found) > 1, f"there is no folder {roots['val']} or {roots['test']}")
