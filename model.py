@@ -296,7 +296,7 @@ class DenoisingMaskedAutoencoder(Encoder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Named sizes
+# Named sizes, and what they cost
 # ---------------------------------------------------------------------------------------------------------------------
 
 DECODER = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16)
@@ -414,7 +414,7 @@ def load_encoder(vit, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: augmentation and order are pure functions of the position, so that a checkpoint stores no more than the step
+# Schedule and data: pure functions of the position, so that a checkpoint stores no more than the step
 # ---------------------------------------------------------------------------------------------------------------------
 
 
