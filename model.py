@@ -607,7 +607,10 @@ def start_processes(device="auto", timeout=None):
     require(there[device], f"there is no {device} device for local process {local}")
     torch.cuda.set_device(local if device == "cuda" else -1)                              # -1 does nothing
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timeout)
+        # torchrun's store outlives a restart: without a prefix, the addresses of the dead would be found in it
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timeout)
     return rank, world, torch.device(device, local if device == "cuda" else None)
 
 def gather(values, world):

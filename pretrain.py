@@ -300,7 +300,7 @@ def main(argv):
     # one micro-batch
     if args.compile if args.compile is not None else device.type == "cuda":
         model.compile()
-    network = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    network = DistributedDataParallel(model) if world > 1 else model
     bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
     def load_batches(start):
