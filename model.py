@@ -303,6 +303,8 @@ DECODER = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16)
 SIZES = {
     "vit_digits": dict(image_size=8, patch_size=2, channels=1, dim=64, depth=3, heads=2, mlp_ratio=2.0,
                        decoder_dim=32, decoder_depth=1, decoder_heads=2),
+    "vit_cifar_tiny": dict(image_size=32, patch_size=4, channels=3, dim=128, depth=4, heads=4,
+                           decoder_dim=96, decoder_depth=1, decoder_heads=3),
     "vit_cifar": dict(image_size=32, patch_size=4, channels=3, dim=384, depth=12, heads=6,
                       decoder_dim=192, decoder_depth=2, decoder_heads=3),
     "vit_base_patch16": dict(image_size=224, patch_size=16, channels=3, dim=768, depth=12, heads=12, **DECODER),
