@@ -613,7 +613,13 @@ plt.show()
 # $$ \text{evidence against } p_A \ge \Phi(r/\sigma) \text{ reaches } 100, \tag{14} $$
 #
 # computed as (11) with successes and failures exchanged. It needs no share of $\alpha$, since stopping early for whatever
-# reason issues no certificate: a wrong stop costs a certificate, never a lie. The rule is `Sequential`:
+# reason issues no certificate: a wrong stop costs a certificate, never a lie.
+#
+# An image whose radius lies next to one of the table's gets all its $n$ draws, and there the anytime bound would be a worse
+# judge than Clopper and Pearson's. So $\alpha$ is split: the anytime bounds are computed at $\alpha/2$, and one
+# Clopper-Pearson bound at $\alpha/2$ after the $n$-th draw. Its chance of error is at most $\alpha/2$ whether or not one gets
+# so far (imagine the draws that were not made), and by the union bound all these bounds hold together with probability
+# $1 - \alpha$. The price is small, since bounds depend on $\ln(1/\alpha)$. The rule is `Sequential`:
 
 # %%
 show(Sequential)

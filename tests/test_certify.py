@@ -444,9 +444,12 @@ def test_peeking_ruins_clopper_pearson_and_not_the_anytime_bound(p):
     naive = errs(lower_confidence_bound, looks[9::10], k[:, 9::10])
     once = errs(lower_confidence_bound, looks[-1:], k[:, -1:])
     anytime = errs(anytime_lower_bound, looks, k)
+    last = errs(lambda k, n, alpha: lower_confidence_bound(k, n, alpha / 2), looks[-1:], k[:, -1:])
+    early = errs(lambda k, n, alpha: anytime_lower_bound(k, n, alpha / 2), looks, k)
     print(f"p = {p}: wrong at one look {once:.3%}, at ten looks {naive:.3%}; anytime bound, at 100 looks {anytime:.3%}")
     assert 0.10 < naive < 0.25 and once <= binom.ppf(1 - 1e-6, runs, alpha) / runs
     assert 0 < anytime < alpha                                        # Ville's inequality; not vacuous either
+    assert 0 < early + last < alpha                                   # what Sequential does
 
 
 @pytest.mark.parametrize("n", [50, 1000, 12_345, 100_000])
@@ -486,6 +489,8 @@ def test_stops_at_n_and_keeps_the_best_bound():
     rule = Sequential(1000, 0.001, 0.25, (0.25, 0.5))
     assert rule.decide(550, 1000, 0.0)[1] and not Sequential(2000, 0.001, 0.25, (0.25, 0.5)).decide(550, 1000, 0.0)[1]
     assert rule.decide(550, 1000, 0.83)[0] == 0.83                    # all looks' bounds hold at once: the largest counts
+    assert rule.decide(900, 1000, 0.0)[0] == lower_confidence_bound(900, 1000, 0.0005) > anytime_lower_bound(900, 1000, 0.0005)
+    assert rule.decide(900, 999, 0.0)[0] == anytime_lower_bound(900, 999, 0.0005)
     assert FixedN(1000, 0.001).decide(600, 1000, 0.99) == (lower_confidence_bound(600, 1000, 0.001), True)
 
 
@@ -537,9 +542,9 @@ def test_sequential_tables_match_fixed_n_with_a_fraction_of_the_draws(m, monkeyp
         bounds, draws = simulate(Sequential(n, alpha, sigma, radii, tolerance), p, looks[1:], counts)
         shares[tolerance], difference = draws.sum() / (m * n), np.abs(accuracy(bounds) - fixed)
         print(f"m = {m}, tolerance {tolerance}: {shares[tolerance]:.1%} of the draws, tables within {difference.max():.2%}")
-        assert (difference <= (0.01 if tolerance else 0.005) + 1e-9).all()
+        assert (difference <= (0.01 if tolerance else 0.004) + 1e-9).all()
         assert np.mean(norm.cdf(distance / sigma) < bounds) <= binom.ppf(1 - 1e-6, m, alpha) / m
-    assert shares[0.0] < 0.25 and shares[0.01] < shares[0.0]
+    assert shares[0.0] < 0.17 and shares[0.01] < shares[0.0]
 
 
 # -- Sound in floating point ---------------------------------------------------------------------------------------------

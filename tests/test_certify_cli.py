@@ -410,18 +410,19 @@ def test_sequential_saves_draws_and_says_so(command, checkpoint, tmp_path, capsy
 
 
 def test_sequential_knows_which_radii_its_own_bound_can_reach(command, tmp_path, capsys):
-    """With n of n successes the anytime bound is below Clopper-Pearson's: no image may draw on for a radius between."""
+    """With n of n successes its last bound is Clopper-Pearson's at alpha / 2: no image may draw on for a radius above."""
     n, sigma = 2000, 0.25
-    fixed = c.certified_radius(c.lower_confidence_bound(n, n, 0.05), sigma)
-    anytime = c.certified_radius(c.anytime_lower_bound(n, n, 0.05), sigma)
-    assert anytime < (anytime + fixed) / 2 < fixed
-    main(command(tmp_path, "--sequential", "--n", n, "--max", "1", "--radii", "0", f"{(anytime + fixed) / 2:.6f}"))
-    assert "reach" in capsys.readouterr().err
+    fixed, own = (c.certified_radius(c.lower_confidence_bound(n, n, alpha), sigma) for alpha in (0.05, 0.025))
+    between = (own + fixed) / 2
+    assert own < between < fixed
+    main(command(tmp_path, "--sequential", "--n", n, "--max", "1", "--radii", "0", f"{between:.6f}"))
+    assert f"above {own:.3f} cannot be reached" in capsys.readouterr().err
 
 
-def test_sequential_that_can_only_abstain_is_refused(command, tmp_path, capsys):
-    assert c.anytime_lower_bound(11, 11, 0.001) < 0.5 < c.lower_confidence_bound(11, 11, 0.001)
-    refused(command(tmp_path / "run", "--sequential", "--n", "11", "--alpha", "0.001"), capsys, "abstain")
+def test_a_run_that_can_only_abstain_is_refused_and_told_the_least_n(command, tmp_path, capsys):
+    for flags, alpha in ((["--sequential"], 0.0005), ([], 0.001)):
+        least = next(n for n in range(1, 99) if c.lower_confidence_bound(n, n, alpha) > 0.5)
+        refused(command(tmp_path / "run", *flags, "--n", least - 1, "--alpha", "0.001"), capsys, "abstain", f"--n {least} ")
 
 
 def test_sound_certifies_with_integer_noise(command, checkpoint, tmp_path, monkeypatch):
