@@ -16,6 +16,7 @@ noisy copies, becomes RUN/finetune_sigma_S.pt; the test images are looked at onc
 import contextlib
 import json
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -247,6 +248,8 @@ def parse(argv):
     parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
     parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.flag("--deterministic", bool, "deterministic kernels only: on a GPU, too, the same command gives the same bits",
+                default=False)
     parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
     parser.flag("--recompute", bool, "recompute activations in the backward pass, to save memory", default=False)
     parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
@@ -425,6 +428,9 @@ def main(argv):
         export(f"{args.out}/{name}.pt", args.export)
         return print(f"wrote {args.export}")
     rank, world, device = start_processes(args.device)
+    torch.use_deterministic_algorithms(args.deterministic)
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"                                 # what cuBLAS asks for
     say = print if rank == 0 else lambda *_: None
 
     # data

@@ -540,7 +540,6 @@ def training_positions(size, batch, device_batch, start, steps, seed, rank, worl
 # Shared by the three stages: usage errors, processes, files, data sets. No equation below: a reader of the paper is done.
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 class UsageError(Exception):
     """One line for the user. `status` is the exit status: 2 where nothing was done, 1 where a run broke."""
     def __init__(self, message, status=2):
@@ -579,12 +578,12 @@ def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
     return number
 
 INTERRUPT = []                                   # the number of a SIGTERM or SIGINT; loops look here when they can stop
-
 def command(main):
     """Decorates a stage's main(argv=None): errors become one line on stderr; a first signal waits until it is seen."""
     def note(number, frame):
+        if INTERRUPT:                            # a terminal sends one to all, and torchrun passes on its own: one stop
+            signal.signal(number, signal.SIG_DFL)                                         # a third one ends at once
         INTERRUPT.append(number)
-        signal.signal(number, signal.SIG_DFL)                                             # a second one ends at once
 
     @functools.wraps(main)
     def run(argv=None):
@@ -611,8 +610,7 @@ def start_processes(device="auto", timeout=None):
     if world > 1 and not dist.is_initialized():
         # torchrun's store outlives a restart: without a prefix, the addresses of the dead would be found in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", None, timeout, world, rank, store)
     return rank, world, torch.device(device, local if device == "cuda" else None)
 
 def gather(values, world):

@@ -121,29 +121,96 @@ def test_kill_9_while_files_are_renamed_changes_nothing(stage, command, undistur
     assert not list(tmp_path.glob("*.tmp")) and not list(tmp_path.glob("*.part*"))
 
 
-def test_a_rank_that_dies_ends_the_others_and_a_restart_goes_on(command, undisturbed, tmp_path):
-    """Rank 1 kills itself once, after the first checkpoint; torchrun names it, starts both again, and they continue."""
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_kill_9_between_rows_changes_nothing(where, command, undisturbed, tmp_path):
+    """Just before a row of the TSV is written, and just after it: in every other of its rows."""
+    expected, argv, deaths = undisturbed("certify", command), command("certify", tmp_path), 0
+    name, owner = {"before": ("certificate", certify.Trial), "after": ("update", certify.tqdm)}[where]
+
+    def die():
+        real, calls = getattr(owner, name), iter(range(1, 100))
+
+        def killing(*args):
+            if next(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
+        setattr(owner, name, killing)
+    while not (tmp_path / RESULT["certify"]).exists() and deaths < 20:
+        deaths += finished(fork("certify", argv, die)) == -signal.SIGKILL
+    assert deaths >= 3 and outcome(tmp_path, "certify") == expected
+
+
+def torchrun(tmp_path, stage, argv, setup="", *flags):
+    """The stage under torchrun with two processes, each of which leaves its exit status in the file status_RANK."""
     worker = tmp_path / "worker.py"
     worker.write_text(f"""
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import pretrain
-rate, flag = pretrain.learning_rate, pathlib.Path({str(tmp_path / 'died')!r})
+import {stage} as stage
+here, rank = pathlib.Path({str(tmp_path)!r}), os.environ["RANK"]
+{setup}
+try:
+    stage.main(sys.argv[1:])
+except SystemExit as stop:
+    (here / f"status_{{rank}}").write_text(str(stop.code))
+    raise
+""")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags, "--", worker, *argv]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+SLOW = {"certify": "real = stage.Trial.certificate\nstage.Trial.certificate = lambda *a: time.sleep(0.5) or real(*a)",
+        **dict.fromkeys(("pretrain", "finetune"),
+                        "rate = stage.learning_rate\nstage.learning_rate = lambda *a: time.sleep(0.3) or rate(*a)")}
+
+
+@pytest.mark.parametrize(("stage", "number", "everyone"), [
+    ("pretrain", signal.SIGTERM, False), ("finetune", signal.SIGINT, True), ("certify", signal.SIGTERM, True)])
+def test_a_signal_stops_all_ranks_together(stage, number, everyone, command, undisturbed, tmp_path):
+    """Sent to torchrun, or (a terminal's Ctrl-C; Slurm) to everyone, so that workers get it twice. One checkpoint, no hang."""
+    out = tmp_path / "run"
+    workers = torchrun(tmp_path, stage, command(stage, out), SLOW[stage])
+    first = out / (f"{RESULT[stage]}.part1" if stage == "certify" else Path(RESULT[stage]).with_suffix(".jsonl"))
+    end = time.time() + 150
+    while not (first.exists() and first.read_text().count("\n")):
+        assert workers.poll() is None and time.time() < end, workers.communicate()
+        time.sleep(0.02)
+    (os.killpg if everyone else os.kill)(workers.pid, number)
+    output, errors = workers.communicate(timeout=120)
+    assert workers.returncode != 0
+    assert [(tmp_path / f"status_{rank}").read_text() for rank in (0, 1)] == 2 * [str(128 + number)], errors[-2000:]
+    assert not (out / RESULT[stage]).exists() and not list(out.glob("*.tmp"))
+    if stage == "certify":
+        assert all(part.read_text().endswith("\n") for part in out.glob("*.part*"))
+    else:
+        assert output.count(f"stopped by signal {number}") == 1
+        step = read_checkpoint(first.with_suffix(".last.pt"))["step"]
+        assert json.loads(first.read_text().splitlines()[-1])["step"] == step
+    assert finished(fork(stage, command(stage, out))) == 0            # one process continues what two began
+    if stage == "certify":
+        assert outcome(out, stage) == undisturbed(stage, command)
+    else:
+        steps = [[row["step"] for row in log] for log in (outcome(out, stage)[0], undisturbed(stage, command)[0])]
+        assert steps[0] == steps[1]
+
+
+def test_a_rank_that_dies_ends_the_others_and_a_restart_goes_on(command, undisturbed, tmp_path):
+    """Rank 1 kills itself once, after the first checkpoint; torchrun names it, starts both again, and they continue."""
+    start = time.time()
+    workers = torchrun(tmp_path, "pretrain", command("pretrain", tmp_path / "run"), """
+rate, flag = stage.learning_rate, here / "died"
 def learning_rate(step, *rest):
-    if step == 30 and os.environ["RANK"] == "1" and not flag.exists():
+    if step == 30 and rank == "1" and not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return rate(step, *rest)
-pretrain.learning_rate = learning_rate
-pretrain.main(sys.argv[1:])
-""")
-    start = time.time()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", "--"]
-    done = subprocess.run([*torchrun, worker, *command("pretrain", tmp_path / "run")], capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+stage.learning_rate = learning_rate
+""", "--max-restarts=1")
+    output, errors = workers.communicate(timeout=300)
+    assert workers.returncode == 0, errors[-2000:]
     assert time.time() - start < 200 and (tmp_path / "died").exists()
-    assert re.search(r"exitcode: -9\).*local_rank: 1", done.stderr) and "after step 24" in done.stdout
+    assert re.search(r"exitcode: -9\).*local_rank: 1", errors) and "after step 24" in output
     log, _ = outcome(tmp_path / "run", "pretrain")
     assert [row["step"] for row in log] == [row["step"] for row in undisturbed("pretrain", command)[0]]
 
@@ -176,6 +243,17 @@ def test_a_full_disk_spares_the_checkpoint_before_it(stage, command, undisturbed
     assert f"cannot write {last}" in (tmp_path / "errors").read_text().splitlines()[-1]
     assert finished(fork(stage, argv)) == 0
     assert outcome(tmp_path / "run", stage) == undisturbed(stage, command)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_that_may_not_be_written_to_is_named(stage, command, tmp_path, capsys):
+    (tmp_path / "shut").mkdir(mode=0o500)
+    if os.access(tmp_path / "shut", os.W_OK):
+        pytest.skip("root may write everywhere")
+    with pytest.raises(SystemExit) as stop:
+        STAGES[stage].main(command(stage, tmp_path / "shut" / "run"))
+    error = capsys.readouterr().err
+    assert stop.value.code in (1, 2) and str(tmp_path / "shut") in error and error.count("\n") == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(command, undisturbed, tmp_path, monkeypatch, capsys):
@@ -293,14 +371,14 @@ def put(root, name):
     elif name == "20000 x 20000":
         Image.new("1", (20_000, 20_000)).save(file)
     else:
-        mode = {"grey": "L", "alpha": "RGBA", "palette": "P", "1 x 1": "RGB"}[name]
-        Image.new(mode, (1, 1) if name == "1 x 1" else (32, 32)).save(file)
+        mode = {"grey": "L", "alpha": "RGBA", "palette": "P", "1 x 1": "RGB", "20000 x 20": "RGB"}[name]
+        Image.new(mode, tuple(map(int, name.split(" x "))) if " x " in name else (32, 32)).save(file)
 
 
 TRAIN = ["--recipe", "cifar10", "--dataset", "folder", "--model", "vit_cifar", "--batch", "4", "--holdout", "1", "--dry-run"]
 
 
-@pytest.mark.parametrize("name", ["CMYK JPEG", "grey", "alpha", "palette", "1 x 1"])
+@pytest.mark.parametrize("name", ["CMYK JPEG", "grey", "alpha", "palette", "1 x 1", "20000 x 20"])
 def test_odd_pictures_are_read_as_three_channels_of_eight_bits(name, tmp_path):
     put(folder(tmp_path), name)
     images = open_images("folder", tmp_path, "train", 32, 3)
@@ -315,6 +393,16 @@ def test_bad_pictures_stop_the_run_with_their_name(name, tmp_path, capsys):
         pretrain.main([*TRAIN, "--data-path", str(tmp_path)])
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code in (1, 2) and "train/a/odd." in error
+
+
+def test_a_picture_that_may_not_be_read_stops_the_run_with_its_name(tmp_path, capsys):
+    file = folder(tmp_path) / "train" / "a" / "0.png"
+    file.chmod(0)
+    if os.access(file, os.R_OK):
+        pytest.skip("root may read everything")
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([*TRAIN, "--data-path", str(tmp_path)])
+    assert stop.value.code in (1, 2) and str(file) in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -715,26 +714,6 @@ def test_several_processes_train_as_one_with_the_same_batch(monkeypatch, undrawn
     for key, value in plain.items():
         torch.testing.assert_close(accumulated[key], value, rtol=0, atol=1e-9, msg=key)
     assert "97 cannot be divided by" in output and not (tmp_path / "many" / "indivisible").exists()
-
-
-def test_two_processes_agree_on_where_a_signal_stops_them_and_one_continues(monkeypatch, undisturbed, undrawn, tmp_path):
-    arguments = [*undisturbed["pretrain"][1], "--epochs", "120", "--log-every", "2", "--out", str(tmp_path)]
-    workers = torchrun(2, Path(pretrain.__file__), *arguments)
-    log, deadline = tmp_path / "pretrain.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert workers.poll() is None and time.monotonic() < deadline, workers.communicate()[0]
-        time.sleep(0.02)
-    workers.send_signal(signal.SIGTERM)
-    output = workers.communicate(timeout=60)[0]
-    assert workers.returncode != 0 and "stopped by signal 15" in output
-    stopped = torch.load(tmp_path / "pretrain.last.pt", weights_only=True)["step"]
-    before = rows(log)
-    assert 6 <= stopped < 1200 and [row["step"] for row in before] == list(range(2, stopped + 1, 2))
-    with pytest.raises(SystemExit):
-        stop_at(monkeypatch, pretrain, stopped + 4, signal.SIGTERM)
-        pretrain.main(arguments)
-    after = rows(log)
-    assert after[:len(before)] == before and [row["step"] for row in after] == list(range(2, stopped + 7, 2))
 
 
 if __name__ == "__main__":
