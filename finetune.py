@@ -33,6 +33,7 @@ from model import (
     NORMALISATION,
     SIZES,
     Parser,
+    ResizedCrop,
     Run,
     UsageError,
     build_vit,
@@ -278,9 +279,10 @@ def make_augment(kind, size, erasing, from_files):
             f"--augment {kind} is for pictures of {'at most' if from_files else 'more than'} 64 pixels")
     if not from_files:
         return shift_and_flip(size // 8 if "shift" in kind else 0, "flip" in kind)
-    strong = [v2.RandAugment(num_ops=2, magnitude=9)] if kind == "rand-augment" else []
+    if kind == "resized-crop":
+        return v2.Compose([ResizedCrop(size), v2.RandomHorizontalFlip(), v2.RandomErasing(erasing)])
     return v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-                       *strong, v2.PILToTensor(), v2.RandomErasing(erasing)])
+                       v2.RandAugment(num_ops=2, magnitude=9), v2.PILToTensor(), v2.RandomErasing(erasing)])
 
 
 def make_mix(mixup, cutmix, classes):

@@ -29,6 +29,7 @@ from model import (
     NORMALISATION,
     SIZES,
     Parser,
+    ResizedCrop,
     Run,
     UsageError,
     build_dmae,
@@ -198,8 +199,7 @@ def make_augment(kind, size, from_files):
     require((kind == "resized-crop") == from_files,
             f"--augment {kind} is for pictures of {'at most' if from_files else 'more than'} 64 pixels")
     if kind == "resized-crop":
-        return v2.Compose([v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
-                           v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        return v2.Compose([ResizedCrop(size, scale=(0.2, 1)), v2.RandomHorizontalFlip()])
     return shift_and_flip(size // 8 if "shift" in kind else 0, "flip" in kind)
 
 

@@ -1,31 +1,46 @@
-"""How fast the three hot paths are on this machine, next to what it can do.
+"""How fast the hot paths are on this machine, next to what it can do.
 
-    python tests/bench.py                                               # the digits model
-    python tests/bench.py --model vit_base_patch16 --batch 20 --dtype fp32
-    python tests/bench.py --json bench.json
+    python tests/bench.py                                               # the digits model, all stages
+    python tests/bench.py --model vit_base_patch16 --batch 32           # one process, all its threads
+    python tests/bench.py --compare                                     # and next to naive ways of doing the same
+    python tests/bench.py --stage data --data-path DIR                  # picture files -> batches (DIR/train/CLASS/*.jpg)
+    python tests/bench.py --table results/speed.md                      # this kind of machine's table, written into that file
 
-For each path: draws or images a second, TFLOP/s, the share of the peak that a large matrix product reaches in the same run
-and dtype, and the ratio to the bare loop: for certification, the network's forward pass over ready-made batches; for training,
-forward, backward and optimizer alone, with noise and masks made beforehand. What is compared runs in turns, and medians are
-taken, since timings on shared machines are noisy. The floor of each path is its FLOPs over the peak.
+For each path: images (certification: draws) a second; TFLOP/s; the share of the peak, which is what a large matrix product
+reaches in the same run and dtype; the ratio to the bare loop (certification: the network's forward pass over ready-made
+batches; training: forward, backward and optimizer alone, noise and masks made beforehand); peak memory. What is compared runs
+in turns; medians of the ratios and their quartiles are printed, since timings on shared machines are noisy. The floor of each
+path, in seconds, is its FLOPs over the peak.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
+import math
+import os
+import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
+import torch.nn.functional as F
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from certify import CHUNK, GaussianNoise, count_classes, generator_for
-from model import SIZES, build_dmae, build_vit, start_processes
-from pretrain import draw_corruption
+from model import SIZES, Images, build_dmae, build_vit, open_picture, shift_and_flip, start_processes, training_positions
+from pretrain import draw_corruption, make_augment
+
+SIGMA, CLASSES = 0.25, 1000
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def seconds(work, device):
@@ -36,21 +51,34 @@ def seconds(work, device):
     return time.perf_counter() - start
 
 
-def in_turns(candidates, device, repeats):
-    """{name: median seconds} of {name: function}, run in turns after a warm-up."""
-    times = {name: [] for name in candidates}
-    for turn, (name, work) in itertools.product(range(repeats + 1), candidates.items()):
+def in_turns(variants, device, repeats):
+    """{name: [seconds of each turn]} of {name: function}, run in turns after a warm-up."""
+    times = {name: [] for name in variants}
+    for turn, (name, work) in itertools.product(range(repeats + 1), variants.items()):
         taken = seconds(work, device)
         if turn:
             times[name].append(taken)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
+
+
+def spread(values):
+    """(median, lower and upper quartile)."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return middle, low, high
 
 
 def matmul_peak(device, dtype, repeats):
     """TFLOP/s of a large square matrix product."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / in_turns({"matmul": lambda: a @ b}, device, repeats)["matmul"] / 1e12
+    return 2 * side**3 / statistics.median(in_turns({"matmul": lambda: a @ b}, device, repeats)["matmul"]) / 1e12
+
+
+def copy_bandwidth(device, repeats):
+    """GB/s, read and written, of copying a large tensor."""
+    a = torch.zeros(2**26, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / statistics.median(in_turns({"copy": lambda: b.copy_(a)}, device, repeats)["copy"]) / 1e9
 
 
 def flops(work):
@@ -59,97 +87,291 @@ def flops(work):
     return counter.get_total_flops()
 
 
-def synthetic(name, batch, device):
-    size = SIZES[name]
-    return torch.rand(batch, size["channels"], size["image_size"], size["image_size"], device=device)
+def peak_memory(work, device):
+    """GiB: allocated, on a GPU; on a CPU, what the whole process holds (Linux; else not a number)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return math.nan
+    work()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
 
 
-def certification(name, batch, autocast, device, draws, repeats):
-    """(ratio to the bare forward, draws per second, FLOPs per draw)."""
-    model = build_vit(name, 1000).to(device).eval()
-    (x,) = synthetic(name, 1, device)
-    ready = x + 0.25 * torch.randn(batch, *x.shape, device=device)
-    draws = -(-draws // CHUNK) * CHUNK
+# ---------------------------------------------------------------------------------------------------------------------
+# Naive ways, for --compare
+# ---------------------------------------------------------------------------------------------------------------------
 
-    def ours():
-        with autocast():
-            count_classes(model, [(x, generator_for(0, 0, 1, device), draws)], GaussianNoise(0.25), batch)
+
+@contextlib.contextmanager
+def attention_written_out():
+    fused = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v: (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def inside(context, work):
+    def both():
+        with context():
+            work()
+    return both
+
+
+@torch.inference_mode()
+def count_with_unique(model, x, draws, batch):
+    """Brings every batch's answers to the CPU, and sorts them there."""
+    counts = torch.zeros(CLASSES, dtype=torch.int64)
+    for _ in range(draws // batch):
+        logits = model(x + SIGMA * torch.randn(batch, *x.shape, device=x.device))
+        answers, times = logits.argmax(dim=1).cpu().unique(return_counts=True)
+        counts[answers] += times
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages: each returns ({variant: function}, FLOPs, images) of one call
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Setting:
+    """What the stages are measured with."""
+
+    def __init__(self, args, device, name, stage):
+        self.device, self.bf16, self.compile = device, args.dtype == "bf16", device.type == "cuda"
+        large, self.compare = SIZES[name]["image_size"] > 64, args.compare
+        self.batch = args.batch or {"cpu": (20 if stage == "certify" else 32) if large else CHUNK}.get(
+            device.type, 2 * CHUNK if large else 10 * CHUNK)
+        draws = args.draws or (40 if large and device.type == "cpu" else 2000)
+        self.draws = math.ceil(draws / self.batch) * self.batch
+
+    def autocast(self, on=True):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and on)
+
+    def images(self, name, batch):
+        size = SIZES[name]
+        return torch.rand(batch, size["channels"], size["image_size"], size["image_size"], device=self.device)
+
+    def pair(self, build):
+        """(network as the scripts run it, the same one eager)."""
+        model, eager = build().to(self.device), build().to(self.device)
+        eager.load_state_dict(model.state_dict())
+        if self.compile:
+            model.compile()
+        return model, eager
+
+
+def certification(name, s):
+    model, eager = s.pair(lambda: build_vit(name, CLASSES).eval())
+    (x,) = s.images(name, 1)
+    draws, ready = math.ceil(s.draws / math.lcm(CHUNK, s.batch)) * math.lcm(CHUNK, s.batch), s.images(name, s.batch)
+
+    def ours(model=model, on=True):
+        with s.autocast(on):
+            count_classes(model, [(x, generator_for(0, 0, 1, s.device), draws)], GaussianNoise(SIGMA), s.batch)
 
     @torch.inference_mode()
     def bare():
-        with autocast():
-            for _ in range(draws // batch):
+        with s.autocast():
+            for _ in range(draws // s.batch):
                 model(ready)
 
+    def unique(on=True):
+        with s.autocast(on):
+            count_with_unique(eager, x, draws, s.batch)
+
+    variants = {"ours": ours, "bare": bare}
+    if s.compare:
+        variants |= {"unique on the CPU for each batch": unique,
+                     "attention written out": inside(attention_written_out, lambda: ours(eager)),
+                     **({"eager": lambda: ours(eager)} if s.compile else {}),
+                     **({"fp32": lambda: ours(on=False)} if s.bf16 else {}),
+                     "all of these": inside(attention_written_out, lambda: unique(on=False))}
     with torch.inference_mode():
-        each = flops(lambda: model(ready[:1]))
-    times = in_turns({"ours": ours, "bare": bare}, device, repeats)
-    return times["bare"] / times["ours"], draws / times["ours"], each
+        return variants, draws * flops(lambda: eager(ready[:1])), draws
 
 
-def training(network, inputs, make_inputs, parameters, autocast, device, repeats):
-    """(ratio to the bare loop, steps per second, FLOPs per step) of `network(*inputs) -> loss`."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+def training(s, build, loss_of, draw):
+    """loss_of(model, *inputs) on the inputs that draw() makes."""
+    model, eager = s.pair(build)
+    fused, eager_fused, loop = (torch.optim.AdamW(of.parameters(), lr=1e-5, **how) for of, how in (
+        (model, dict(fused=True)), (eager, dict(fused=True)), (eager, dict(foreach=False))))
 
-    def step(inputs):
-        with autocast():
-            loss = network(*inputs)
+    def step(inputs, model=model, optimizer=fused, on=True):
+        with s.autocast(on):
+            loss = loss_of(model, *inputs)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    each = flops(lambda: network(*inputs).backward())
-    times = in_turns({"ours": lambda: step(make_inputs()), "bare": lambda: step(inputs)}, device, repeats)
-    return times["bare"] / times["ours"], 1 / times["ours"], each
+    ready = draw()
+    variants = {"ours": lambda: step(draw()), "bare": lambda: step(ready)}
+    if s.compare:
+        variants |= {"for-loop optimizer": lambda: step(draw(), eager, loop),
+                     "attention written out": inside(attention_written_out, lambda: step(draw(), eager, eager_fused)),
+                     **({"eager": lambda: step(draw(), eager, eager_fused)} if s.compile else {}),
+                     **({"fp32": lambda: step(draw(), on=False)} if s.bf16 else {}),
+                     "all of these": inside(attention_written_out, lambda: step(draw(), eager, loop, False))}
+    return variants, flops(lambda: loss_of(eager, *ready).backward()), s.batch
 
 
-def pretraining(name, batch, autocast, device, draws, repeats):
-    model, images = build_dmae(name).to(device), synthetic(name, batch, device)
-    patches = model.pos_embed.shape[1] - 1
-    return training(lambda *drawn: model(images, 0.25, 0.75, *drawn)[0], draw_corruption(images, patches, 0),
-                    lambda: draw_corruption(images, patches, 0), model.parameters(), autocast, device, repeats)
+def pretraining(name, s):
+    images = s.images(name, s.batch)
+    patches = math.prod(build_dmae(name).grid)
+    return training(s, lambda: build_dmae(name), lambda model, *drawn: model(images, SIGMA, 0.75, *drawn)[0],
+                    lambda: draw_corruption(images, patches, 0))
 
 
-def finetuning(name, batch, autocast, device, draws, repeats):
-    model, images = build_vit(name, 1000).to(device), synthetic(name, batch, device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    return training(lambda noisy: cross_entropy(model(noisy), labels), (images,),
-                    lambda: (images + 0.25 * torch.randn_like(images),), model.parameters(), autocast, device, repeats)
+def finetuning(name, s):
+    images, labels = s.images(name, s.batch), torch.zeros(s.batch, dtype=torch.int64, device=s.device)
+    return training(s, lambda: build_vit(name, CLASSES), lambda model, noisy: F.cross_entropy(model(noisy), labels),
+                    lambda: (images + SIGMA * torch.randn_like(images),))
 
 
 STAGES = {"certify": certification, "pretrain": pretraining, "finetune": finetuning}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def psnr(a, b):
+    return 10 * math.log10(255**2 / max((a.float() - b.float()).square().mean().item(), 1e-9))
+
+
+def picture_files(path, repeats):
+    """Images a second of one worker, from picture files, in three ways; returns the third's."""
+    files = sorted(file for file in Path(path, "train").rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))[:100]
+    if not files:
+        raise SystemExit(f"there are no pictures in {path}/train")
+    plain = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
+                        v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    ours = make_augment("resized-crop", 224, True)
+    ways = {"decoding alone": lambda file: Image.open(file).convert("RGB"),
+            "plain: PIL crop, flip, float tensor": lambda file: plain(Image.open(file).convert("RGB")),
+            "ours: uint8 tensor": lambda file: ours(open_picture(file, 3))}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                          # as in a worker
+    all_files = {name: lambda way=way: [way(file) for file in files] for name, way in ways.items()}
+    times = in_turns(all_files, torch.device("cpu"), repeats)
+    same = []
+    for i, file in enumerate(files):
+        pair = []
+        for name in list(ways)[1:]:
+            torch.manual_seed(i)
+            pair.append(ways[name](file))
+        same.append(psnr(255 * pair[0], pair[1]))
+    torch.set_num_threads(threads)
+    rates = {name: len(files) / statistics.median(taken) for name, taken in times.items()}
+    for name, rate in rates.items():
+        print(f"{name:36} {rate:8,.0f} images/s of one worker")
+    ratio, low, high = spread([a / b for a, b in zip(times[list(ways)[1]], times[list(ways)[2]], strict=True)])
+    print(f"ours is {ratio:.2f} ({low:.2f}-{high:.2f}) times as fast as plain; PSNR between them {statistics.median(same):.0f} "
+          f"dB, at least {min(same):.0f}")
+    return rates["ours: uint8 tensor"]
+
+
+def memory_images(device, batch=500):
+    """Images a second of a 32 x 32 data set that is held in memory, shifted and flipped on the device."""
+    pixels = torch.zeros(50_000, 3, 32, 32, dtype=torch.uint8, device=device)
+    train = Images(torch.zeros(50_000, dtype=torch.int64), ["0"], 32, 3, pixels)
+    train.augment = shift_and_flip(4, True)
+    start, steps = time.perf_counter(), 40
+    for pixels, _ in train.load(training_positions(50_000, batch, batch, 0, steps, 0, 0, 1), device):
+        pixels.float()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return steps * batch / (time.perf_counter() - start)
+
+
+def data(args, device):
+    """Whether the loader or the device is the slower one, for the models named."""
+    files, cores = picture_files(args.data_path, args.repeats) if args.data_path else None, os.cpu_count()
+    held = memory_images(device)
+    print(f"held in memory (32 x 32): {held:,.0f} images/s")
+    for name in args.model:
+        variants, _, images = pretraining(name, Setting(args, device, name, "pretrain"))
+        rate = images / statistics.median(in_turns({"ours": variants["ours"]}, device, 3)["ours"])
+        if SIZES[name]["image_size"] <= 64:
+            slower = "device" if held > rate else "loader"
+            print(f"{name}: the device pre-trains {rate:,.0f} images/s; the {slower} is the bottleneck")
+        elif files:
+            slower = "device" if cores * files > rate else "loader"
+            print(f"{name}: the device pre-trains {rate:,.1f} images/s, as many as {rate / files:.2g} workers load; "
+                  f"with {cores} cores the {slower} is the bottleneck")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_table(path, kind, head, rows):
+    """Replace the table between this kind of machine's marks in a Markdown file."""
+    lines = ["| model | stage | dtype | batch | images or draws/s | TFLOP/s | of peak | of the bare loop | GiB |",
+             "|---" * 9 + "|"]
+    lines += [f"| {r['model']} | {r['stage']} | {r['dtype']} | {r['batch']} | {r['per_second']:,.1f} | {r['tflops']:.3g} "
+              f"| {r['share_of_peak']:.0%} | {r['ratio_to_bare']:.1%} ({r['ratio_low']:.1%}-{r['ratio_high']:.1%}) "
+              f"| {r['memory_gib']:.2f} |" for r in rows]
+    naive = [f"* {r['model']}, {r['stage']}, {r['dtype']}: "
+             + ", ".join(f"{name} {ratio:.2f} ({low:.2f}-{high:.2f})" for name, (ratio, low, high) in r["naive"].items())
+             for r in rows if r["naive"]]
+    lines += ["", "Times as fast as the naive way (median of turns):", "", *naive] if naive else []
+    text, marks = Path(path).read_text(), [f"<!-- {word} {kind} -->" for word in ("begin", "end")]
+    before, rest = text.split(marks[0])
+    Path(path).write_text("\n".join([before + marks[0], head, "", *lines, marks[1]]) + rest.split(marks[1])[1])
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["vit_digits"], choices=list(SIZES))
-    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--batch", type=int, default=CHUNK, help="images in a forward pass")
-    parser.add_argument("--draws", type=int, default=2000, help="noisy copies in each certification run")
+    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=[*STAGES, "data"])
+    parser.add_argument("--batch", type=int, help="images in a forward pass (by the model, if not given)")
+    parser.add_argument("--draws", type=int, help="noisy copies in each certification run")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compare", action="store_true", help="time naive variants, too")
+    parser.add_argument("--data-path", help="class folders for --stage data")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="write the rows to this file, too")
+    parser.add_argument("--table", help="put the table into this Markdown file, between <!-- begin cpu --> (or cuda) and end")
     args = parser.parse_args(argv)
     device = start_processes(args.device)[2]
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-
-    def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-
-    peak = matmul_peak(device, dtype, args.repeats)
-    machine = dict(device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, peak=peak)
-    print(f"{device}, {machine['threads']} threads, torch {torch.__version__}, peak {peak:.3g} TFLOP/s in {args.dtype}")
+    peak = matmul_peak(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32, args.repeats)
+    cuda, flags = device.type == "cuda", sys.argv[1:] if argv is None else argv
+    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    head = (f"{machine}, torch {torch.__version__}; peak {peak:.3g} TFLOP/s in {args.dtype}, "
+            f"{copy_bandwidth(device, args.repeats):.3g} GB/s copying; `python tests/bench.py {' '.join(flags)}`")
+    print(head, flush=True)
     rows = []
-    for name, stage in itertools.product(args.model, args.stage):
-        ratio, rate, each = STAGES[stage](name, args.batch, autocast, device, args.draws, args.repeats)
-        per_second, tera = rate * (1 if stage == "certify" else args.batch), rate * each / 1e12
-        rows.append(dict(model=name, stage=stage, dtype=args.dtype, batch=args.batch, per_second=per_second, tflops=tera,
-                         share_of_peak=tera / peak, ratio_to_bare=ratio))
-        print(f"{name:18} {stage:9} {args.dtype}  batch {args.batch:4}  {per_second:10,.1f}/s  {tera:8.4f} TFLOP/s  "
-              f"{tera / peak:6.1%} of peak  {ratio:6.1%} of the bare loop", flush=True)
+    for name, stage in itertools.product(args.model, [stage for stage in args.stage if stage in STAGES]):
+        setting = Setting(args, device, name, stage)
+        variants, work, images = STAGES[stage](name, setting)
+        times = in_turns(variants, device, args.repeats)
+        against = {other: spread([b / a for a, b in zip(times["ours"], times[other], strict=True)])
+                   for other in times if other != "ours"}
+        taken, (ratio, low, high) = statistics.median(times["ours"]), against.pop("bare")
+        row = dict(model=name, stage=stage, dtype=args.dtype, batch=setting.batch, per_second=images / taken,
+                   tflops=work / taken / 1e12, share_of_peak=work / taken / 1e12 / peak, ratio_to_bare=ratio, ratio_low=low,
+                   ratio_high=high, memory_gib=peak_memory(variants["ours"], device), naive=against)
+        rows.append(row)
+        print(f"{name:18} {stage:9} {args.dtype}  batch {setting.batch:4}  {row['per_second']:10,.1f}/s  "
+              f"{row['tflops']:8.4f} TFLOP/s  {row['share_of_peak']:6.1%} of peak  {ratio:6.1%} ({low:.1%}-{high:.1%}) of the "
+              f"bare loop  {row['memory_gib']:.2f} GiB", flush=True)
+        for other, (ratio, low, high) in against.items():
+            print(f"{'':18} {ratio:5.2f} ({low:.2f}-{high:.2f}) times as fast as: {other}", flush=True)
+    if "data" in args.stage:
+        data(args, device)
     if args.json:
-        Path(args.json).write_text(json.dumps(machine | dict(rows=rows), indent=1))
+        Path(args.json).write_text(json.dumps(dict(machine=head, rows=rows), indent=1))
+    if args.table:
+        write_table(args.table, device.type, head, rows)
 
 
 if __name__ == "__main__":
