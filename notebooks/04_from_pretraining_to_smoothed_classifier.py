@@ -515,8 +515,8 @@ for weight in (0.0, LAMBDA):
 #
 # ## 6. What pre-training buys: DMAE, MAE, and nothing
 #
-# The log `results/digits/comparison.jsonl` holds the runs. One encoder was pre-trained as a DMAE (noise of 0.25, a quarter of the patches dropped, loss on all
-# of them), another as an MAE (no noise, half of the patches dropped, loss on those), and each, like a freshly initialised one, then met three tasks with several seeds, all at $\sigma = 0.25$:
+# The log `results/digits/comparison.jsonl` holds the runs, made by `results/digits/compare.py`. For each of three seeds, one encoder was pre-trained as a DMAE (noise of 0.25, a quarter of the patches dropped, loss on all
+# of them), another as an MAE (no noise, half of the patches dropped, loss on those), and each, like a freshly initialised one, then met three tasks, all at $\sigma = 0.25$:
 #
 # * *linear probe*: the encoder is frozen, and a linear layer on its class token learns all labels. It measures what the features hold already.
 # * *ten labels per class*: everything is fine-tuned, on 100 labelled images.
@@ -568,11 +568,11 @@ axes[0].legend(frameon=False, loc="upper left", ncols=3)
 plt.show()
 
 # %% [markdown]
-# By linear probe, what the DMAE's features hold under noise is far ahead of the MAE's, although the MAE's are not bad on *clean* images: it is the noise in pre-training that matters. After ten epochs of fine-tuning, the MAE has caught up to within a point or two, less than
-# the spread over the seeds; a network from scratch is still far behind, with few labels and with all.
+# By linear probe, what the DMAE's features hold under noise is far ahead of the MAE's, although the MAE's are not bad on *clean* images: it is the noise in pre-training that matters. After ten epochs of fine-tuning, the MAE has caught up to within two or three points: no seed has it
+# ahead, but that is not much more than the spread over the seeds. A network from scratch is still far behind, with few labels and with all.
 #
-# How much to trust this? The error bars are the standard deviation over the seeds, and a seed here draws the new head, the order of the images, the noise, and in the second task the labelled images; the two encoders were pre-trained once, so
-# that the luck of a *pre-training* is not in the bars. Nor is the luck of the test set, which is the same for all: with 360 images, a share of 90 % has a binomial standard error of 1.6 points of its own. The recipe's hyperparameters were chosen for DMAE on held-out
+# How much to trust this? The error bars are the standard deviation over three seeds, and a seed draws everything: the initialisation, the pre-training's noise and masks, the new head, the order of the images, the noise, and in the second task the labelled images.
+# Not in the bars is the luck of the test set, which is the same for all: with 360 images, a share of 90 % has a binomial standard error of 1.6 points of its own. The recipe's hyperparameters were chosen for DMAE on held-out
 # images, not for the other two; an initialisation from scratch might like another schedule, and no layer decay.
 #
 # The probe's optimizer is a matter of its own. LARS (You et al. 2017) sets the length of a step by the weights instead of by the gradient: a matrix $w$ with gradient $h$ (and weight decay $\beta$) gets
@@ -691,7 +691,7 @@ axis.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.1
 plt.show()
 
 # %% [markdown]
-# At equal total time (the two were measured in processor seconds on one core; the wall-clock seconds above are of a machine that had other work too), training from scratch has made up for what it lacked, on the one seed that was run: pre-training is no
+# At equal total time (in processor seconds on one core; the epochs from scratch were reckoned from the seconds of the ten-epoch run, whose start weighs more, so that they took a fifth less than planned), training from scratch has more than made up for what it lacked, with each of the three seeds: pre-training is no
 # bargain on these 1300 labelled digits, if its own cost is counted. And a sum of exponentials over the training images, without any training, is better than either with all labels, and no worse than the DMAE with ten per class. What the table does
 # say for pre-training is what section 6 says: *given* the encoder, a few epochs or a linear layer go far. The encoder's cost is paid once, without a label, and can be shared by many tasks, noise levels and few-label problems; the paper pays it
 # on ImageNet, where neither labels nor a nearest neighbour in pixel space are of so much use. Nothing here, in either direction, measures that: 8 × 8 digits lie so close together that pixels are almost the right features already.

@@ -30,7 +30,7 @@ TASKS = {                                # what is trained after it: (part, head
 
 
 def run(script, name, flags):
-    """(its command, its processor seconds or None, its log's rows) of one run of a stage, done now or earlier."""
+    """(its command, its processor seconds or None, its epochs, its log's last row) of a run of a stage, done now or earlier."""
     out = RUNS / name
     argv = f"{flags} --out {out}".split()
     command, clock = f"python {script.__name__}.py {' '.join(argv)}", out / "seconds"
@@ -40,8 +40,9 @@ def run(script, name, flags):
     if fresh:
         clock.write_text(f"{time.process_time() - started:.1f}")
     (log,) = out.glob("*.jsonl")
-    rows = [json.loads(row) for row in log.read_text().splitlines()]
-    return command, float(clock.read_text()) if clock.exists() else None, rows
+    last = json.loads(log.read_text().splitlines()[-1])
+    epochs = json.loads(log.with_suffix(".json").read_text())["epochs"]
+    return command, float(clock.read_text()) if clock.exists() else None, epochs, last
 
 
 class Posterior(torch.nn.Module):
@@ -69,15 +70,15 @@ def compare():
     for seed in range(3):
         before = {"scratch": ("", 0.0, "scratch")}
         for init, flags in PRETRAIN.items():
-            command, seconds, _ = run(pretrain, f"{init}-{seed}", f"{flags}--seed {seed}")
+            command, seconds, *_ = run(pretrain, f"{init}-{seed}", f"{flags}--seed {seed}")
             before[init] = command, seconds, RUNS / f"{init}-{seed}" / "pretrain.pt"
 
         def tune(task, init, part, head, labels, consistency, flags, seed=seed, before=before):
-            command, seconds, log = run(finetune, f"{task}-{init}-{seed}",
-                                        f"--sigma {SIGMA} --init {before[init][2]} --seed {seed} {flags}")
+            command, seconds, epochs, last = run(finetune, f"{task}-{init}-{seed}",
+                                                 f"--sigma {SIGMA} --init {before[init][2]} --seed {seed} {flags}")
             return dict(part=part, init=init, labels=labels, head=head, consistency=consistency, seed=seed,
-                        epochs=log[-1]["epoch"], pretrain_seconds=before[init][1], finetune_seconds=seconds,
-                        **{key: log[-1][key] for key in ("clean", "noisy", "vote")}, pretrain_command=before[init][0],
+                        epochs=epochs, pretrain_seconds=before[init][1], finetune_seconds=seconds,
+                        **{key: last[key] for key in ("clean", "noisy", "vote")}, pretrain_command=before[init][0],
                         command=command)
 
         for task, what in TASKS.items():
