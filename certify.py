@@ -46,6 +46,7 @@ from model import (
     VisionTransformer,
     choose,
     command,
+    faster_in_bf16,
     fit,
     gather,
     load_weights,
@@ -526,12 +527,12 @@ def parse(argv):
     parser.flag("--format", str, "of the report", choices=("text", "markdown", "csv"), default="text")
     parser.flag("--plot", str, "draw the report's curves into this file")
     parser.flag("--published", str, "mark published results in the plot", choices=tuple(PUBLISHED))
-    parser.flag("--batch", positive, "copies in a forward pass: a multiple or a divisor of 100 (None: 100, on GPUs 400)")
+    parser.flag("--batch", positive, "copies in a pass, a multiple or a divisor of 100 (None: 400; large images, CPU: 100)")
     parser.flag("--out", str, "run directory")
     parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
     parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
     parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
     parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
     args = parser.parse_args(argv)
     if args.report:
@@ -575,12 +576,18 @@ def open_classifier(args, checkpoints, device):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         require(callable(getattr(module, name, None)), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-        models = [getattr(module, name)]
+        models, faster = [getattr(module, name)], device.type == "cuda"
     else:
         models = [model.to(device).eval() for model in map(rebuild, checkpoints, args.checkpoint)]
+        faster = args.dtype == "auto" and faster_in_bf16(models[0], device)
         if args.compile:
             for model in models:
                 model.compile()
+
+    if args.dtype == "auto":
+        args.dtype = "bf16" if faster else "fp32"
+        if faster and device.type == "cpu":
+            print("bf16 is faster on this processor, and so what f is certified in (--dtype fp32: not)", file=sys.stderr)
 
     def classifier(x):
         if INTERRUPT:
@@ -639,13 +646,12 @@ def main(argv):
     rank, world, device = start_processes(args.device, timeout=timedelta(days=30))        # ranks may finish hours apart
     say = print if rank == 0 else lambda *_: None
     gpu = device.type == "cuda"
-    args.device, args.batch = device.type, args.batch or (4 * CHUNK if gpu else CHUNK)
-    args.dtype = ("bf16" if gpu else "fp32") if args.dtype == "auto" else args.dtype
+    data = checkpoints[0]["data"] if checkpoints else {}
+    size, channels = choose("data set", args.dataset, SHAPES)
+    size, channels = data.get("image_size", args.image_size or size), data.get("channels", channels)
+    args.device, args.batch = device.type, args.batch or (4 * CHUNK if gpu or size <= 64 else CHUNK)
     args.compile = gpu if args.compile is None else args.compile
     classifier = open_classifier(args, checkpoints, device)
-    data = checkpoints[0]["data"] if checkpoints else {}
-    size, channels = SHAPES.get(args.dataset, (None, None))
-    size, channels = data.get("image_size", args.image_size or size), data.get("channels", channels)
     if args.sequential:
         rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance)
     else:

@@ -41,6 +41,7 @@ from model import (
     command,
     cost,
     decays,
+    faster_in_bf16,
     gather,
     learning_rate,
     load_encoder,
@@ -248,7 +249,7 @@ def parse(argv):
     parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
     parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
     parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
     parser.flag("--deterministic", bool, "deterministic kernels only: on a GPU, too, the same command gives the same bits",
                 default=False)
     parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
@@ -478,10 +479,10 @@ def main(argv):
     settings = vars(args) | {"init_sha256": checkpoint and sha256(args.init)}
 
     # one micro-batch
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and faster_in_bf16(model, device))
     if args.compile if args.compile is not None else device.type == "cuda":
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     copies = 2 if args.consistency else 1
 
@@ -503,8 +504,8 @@ def main(argv):
         return loss
 
     say(f"{args.model}: {sum(p.numel() for group in groups for p in group['params']):,} trained parameters on {world} x "
-        f"{device.type}; {labelled:,} images; {steps:,} steps of {world} x {accumulate} x {device_batch} = {args.batch} "
-        f"images; lr {peak:.3g}; sigma {args.sigma:g}")
+        f"{device.type} in {'bf16' if bf16 else 'fp32'}; {labelled:,} images; {steps:,} steps of {world} x {accumulate} x "
+        f"{device_batch} = {args.batch} images; lr {peak:.3g}; sigma {args.sigma:g}")
     if args.dry_run:
         batch = next(load_batches(0))
         say(json.dumps(settings, indent=1), cost(lambda: micro_loss(*batch, 0, 0), model, device_batch), sep="\n")

@@ -37,6 +37,7 @@ from model import (
     command,
     cost,
     decays,
+    faster_in_bf16,
     gather,
     learning_rate,
     load_weights,
@@ -173,7 +174,7 @@ def parse(argv):
     parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
     parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
     parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.flag("--dtype", str, "auto: bf16 autocast on GPUs, else fp32", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
     parser.flag("--deterministic", bool, "deterministic kernels only: on a GPU, too, the same command gives the same bits",
                 default=False)
     parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
@@ -304,10 +305,10 @@ def main(argv):
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
     # one micro-batch
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and faster_in_bf16(model, device))
     if args.compile if args.compile is not None else device.type == "cuda":
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
     def load_batches(start):
         positions = training_positions(len(train), args.batch, device_batch, start, steps, args.seed, rank, world)
@@ -319,8 +320,9 @@ def main(argv):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return network(images, args.sigma, args.mask_ratio, noise, mask_noise)[0]
 
-    say(f"{args.model}: {sum(p.numel() for _, p in named):,} trained parameters on {world} x {device.type}; {len(train):,} "
-        f"images; {steps:,} steps of {world} x {accumulate} x {device_batch} = {args.batch} images; lr {peak:.3g}")
+    say(f"{args.model}: {sum(p.numel() for _, p in named):,} trained parameters on {world} x {device.type} in "
+        f"{'bf16' if bf16 else 'fp32'}; {len(train):,} images; {steps:,} steps of {world} x {accumulate} x {device_batch} = "
+        f"{args.batch} images; lr {peak:.3g}")
     if args.dry_run:
         pixels, _ = next(load_batches(0))
         say(json.dumps(settings, indent=1), cost(lambda: micro_loss(pixels, 0, 0), model, device_batch), sep="\n")

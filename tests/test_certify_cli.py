@@ -60,7 +60,7 @@ def checkpoint(tiny_run):
 
 INDICES = range(0, 360, 55)                                           # --skip 55: seven images
 SMALL = ["--sigma", "0.25", "--device", "cpu", "--skip", "55", "--n", "300", "--n0", "50", "--alpha", "0.05",
-         "--radii", "0", "0.25"]
+         "--radii", "0", "0.25", "--batch", "100"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import argparse
 import math
 import pickle
+import time
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from model import (
     build_dmae,
     build_vit,
     decays,
+    faster_in_bf16,
     interpolate_positions,
     load_encoder,
     patchify,
@@ -616,3 +618,18 @@ def test_recomputed_activations_give_the_same_gradients(tiny_dmae):
         model(images, 0.25, 0.5)[0].backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("seconds", "answer"), [({False: 0.02, True: 0.005}, True), ({False: 0.005, True: 0.02}, False),
+                                                 ({False: 0.01, True: 0.009}, False)])
+def test_bf16_is_chosen_on_a_cpu_where_a_trial_shows_it_to_be_much_faster(tiny_vit, seconds, answer):
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            time.sleep(seconds[torch.is_autocast_enabled("cpu")])
+
+    model = tiny_vit(dim=256, heads=2)
+    model.blocks[0] = Block()
+    assert faster_in_bf16(model, torch.device("cpu")) == answer
+    narrow = tiny_vit()
+    narrow.blocks[0] = Block()
+    assert not faster_in_bf16(narrow, torch.device("cpu"))

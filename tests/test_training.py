@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
+from torchvision.transforms import v2
 
 import finetune
 import model
@@ -23,6 +24,7 @@ import pretrain
 from finetune import LARS, consistency_loss, evaluate, few_labels, layer_of, make_mix, parameter_groups
 from model import (
     SIZES,
+    ResizedCrop,
     UsageError,
     build_vit,
     epoch_draws,
@@ -486,6 +488,36 @@ def test_noise_of_sigma_comes_after_mixing_and_differs_between_copies(monkeypatc
     noise = torch.stack(inputs) - 0.5
     assert noise.std() == pytest.approx(0.4, rel=0.05) and abs(noise.mean()) < 0.03
     assert len({x.numpy().tobytes() for x in noise.flatten(0, 1)}) == 3 * 32 * copies
+
+
+def test_the_faster_crop_draws_and_resizes_like_torchvisions_of_pictures():
+    """Same numbers drawn, at most 40 dB away: for crops that shrink and that grow, upright and flat."""
+    y, x = np.mgrid[:300, :450] / 40
+    waves = np.stack([np.sin(x + 2 * y), np.sin(3 * x - y), np.cos(5 * x * y / 10)], axis=-1)
+    picture = Image.fromarray(np.uint8(127.5 + 127.5 * waves))
+    for size in (224, 64):
+        ours, theirs = (kind(size, (0.05, 1), interpolation=v2.InterpolationMode.BICUBIC)
+                        for kind in (ResizedCrop, v2.RandomResizedCrop))
+        for seed in range(20):
+            torch.manual_seed(seed)
+            a, after = ours(picture), torch.rand(1)
+            torch.manual_seed(seed)
+            b = torch.from_numpy(np.array(theirs(picture))).movedim(2, 0)
+            assert a.shape == b.shape and a.dtype == torch.uint8 and after == torch.rand(1)
+            error = (a.double() - b.double()).square().mean().item()
+            assert 10 * math.log10(255**2 / max(error, 1e-9)) > 40
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_deterministic_kernels_are_enough(name, tmp_path):
+    common = ["--epochs", "1", "--deterministic", "--device", "cpu", "--out", str(tmp_path)]
+    tune = ["--sigma", "0.25", "--init", "scratch", "--vote-every", "1"]
+    try:
+        {"pretrain": pretrain, "finetune": finetune}[name].main([*common, *(tune if name == "finetune" else [])])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 @pytest.mark.parametrize("side, augment", [(32, ("shift-flip", "shift-flip")), (80, ("resized-crop", "rand-augment"))])
