@@ -4,6 +4,7 @@
     python tests/bench.py --model vit_base_patch16 --batch 32           # one process, all its threads
     python tests/bench.py --compare                                     # and next to naive ways of doing the same
     python tests/bench.py --stage data --data-path DIR                  # picture files -> batches (DIR/train/CLASS/*.jpg)
+    python tests/bench.py --stage memory --model vit_large_patch16      # GiB at batches of 64 and 512, counted
     python tests/bench.py --table results/speed.md                      # this kind of machine's table, written into that file
 
 For each path: images (certification: draws) a second; TFLOP/s; the share of the peak, which is what a large matrix product
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
@@ -310,6 +312,32 @@ def data(args, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def memory(name, batch):
+    """GiB of a pre-training step in bf16 autocast: (weights, gradients and AdamW; activations), counted without computing."""
+    with FakeTensorMode():
+        model, size, kept = build_dmae(name), SIZES[name], {}
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage                            # held on to, so that no other one gets its place
+            return tensor
+
+        images = torch.rand(batch, size["channels"], size["image_size"], size["image_size"])
+        drawn = torch.rand_like(images), torch.rand(batch, math.prod(model.grid))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            loss = model(images, SIGMA, 0.75, *drawn)[0]              # its graph stays alive: so do the storages
+        activations = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+        weights = 16 * sum(parameter.numel() for parameter in model.parameters())
+        del loss
+    return weights / 2**30, activations / 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -333,7 +361,7 @@ def write_table(path, kind, head, rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["vit_digits"], choices=list(SIZES))
-    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=[*STAGES, "data"])
+    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=[*STAGES, "data", "memory"])
     parser.add_argument("--batch", type=int, help="images in a forward pass (by the model, if not given)")
     parser.add_argument("--draws", type=int, help="noisy copies in each certification run")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -368,6 +396,11 @@ def main(argv=None):
               f"bare loop  {row['memory_gib']:.2f} GiB", flush=True)
         for other, (ratio, low, high) in against.items():
             print(f"{'':18} {ratio:5.2f} ({low:.2f}-{high:.2f}) times as fast as: {other}", flush=True)
+    for name in args.model if "memory" in args.stage else ():
+        for batch in [args.batch] if args.batch else [64, 512]:
+            weights, activations = memory(name, batch)
+            print(f"{name}, pre-training in bf16, batch {batch} of a process: {weights:.1f} GiB for weights, gradients and "
+                  f"AdamW, {activations:.1f} GiB for activations (counted, not measured)", flush=True)
     if "data" in args.stage:
         data(args, device)
     if args.json:
