@@ -55,6 +55,7 @@ from model import (
     share_batch,
     shift_and_flip,
     start_processes,
+    training_flags,
     training_positions,
     write_atomically,
 )
@@ -213,11 +214,6 @@ def parse(argv):
     positive, not_negative = number(int, least=1), number(float, least=0)
     parser.add_argument("--sigma", type=not_negative, required=True, help="standard deviation of the noise, pixels in [0, 1]")
     parser.flag("--init", str, "pre-training checkpoint (ours, the published DMAE's, MAE's, timm's), or scratch")
-    parser.flag("--recipe", str, ", ".join(RECIPES))
-    parser.flag("--dataset", str, "digits, cifar10, or folder: class folders in DATA_PATH/train and DATA_PATH/{val,test}")
-    parser.flag("--data-path", str, "where the data set lies")
-    parser.flag("--image-size", positive, "resolution at which noise is added, in pixels")
-    parser.flag("--normalisation", str, f"mean and standard deviation of {', '.join(NORMALISATION)}")
     parser.flag("--holdout", number(float, above=0), "training images held out for model selection: share or number")
     parser.flag("--labels-per-class", positive, "train on this many images of each class, chosen by the seed")
     parser.flag("--augment", str, "augmentation",
@@ -225,37 +221,16 @@ def parse(argv):
     parser.flag("--erasing", number(float, least=0, below=1), "chance of erasing a rectangle of a picture")
     parser.flag("--mixup", not_negative, "mixup's Beta parameter; 0: off")
     parser.flag("--cutmix", not_negative, "cutmix's Beta parameter; 0: off")
-    parser.flag("--model", str, ", ".join(SIZES))
-    parser.flag("--model-size", positive, "resolution to which the model resizes, in pixels (None: not at all)")
     parser.flag("--linear-probe", bool, "train a linear classifier on the frozen encoder's class token", default=False)
     parser.flag("--label-smoothing", number(float, least=0, below=1), "label smoothing")
     parser.flag("--consistency", not_negative, "weight lambda of the consistency term; 0: off")
     parser.flag("--consistency-eta", not_negative, "weight of the entropy (None: 0.5 for sigma < 1, else 0.1)")
     parser.flag("--drop-path", number(float, least=0, below=1), "stochastic depth of the last block")
-    parser.flag("--batch", positive, "effective batch, images")
-    parser.flag("--device-batch", positive, "largest batch of one process at a time, images")
-    parser.flag("--epochs", number(float, above=0), "epochs")
-    parser.flag("--warmup-epochs", not_negative, "epochs of linear warm-up")
-    parser.flag("--base-lr", number(float, above=0), "learning rate per 256 images of the effective batch")
     parser.flag("--min-lr", not_negative, "learning rate at the end")
     parser.flag("--layer-decay", number(float, above=0), "learning-rate factor from each layer to the one below")
-    parser.flag("--weight-decay", not_negative, "AdamW's")
-    parser.flag("--seed", number(int, least=0), "of initialisation, data order, augmentation and noise", default=0)
     parser.flag("--vote-every", positive, "epochs between majority votes over 100 noisy copies, which select the model")
-    parser.flag("--log-every", positive, "steps between log rows")
-    parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
     parser.flag("--export", str, "write the finished classifier to this file, as timm's VisionTransformer wants it, and exit")
-    parser.flag("--out", str, "run directory")
-    parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
-    parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.flag("--deterministic", bool, "deterministic kernels only: on a GPU, too, the same command gives the same bits",
-                default=False)
-    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
-    parser.flag("--recompute", bool, "recompute activations in the backward pass, to save memory", default=False)
-    parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
-    parser.flag("--dry-run", bool, "print settings, sizes and costs, run one step, and exit", default=False)
+    training_flags(parser, RECIPES)
     args = parser.parse_args(argv)
     choose("model", args.model, SIZES)
     choose("normalisation", args.normalisation, NORMALISATION)

@@ -571,6 +571,38 @@ def training_positions(size, batch, device_batch, start, steps, seed, rank, worl
             yield [(epoch, image) for image in share[first:first + device_batch]]
 
 
+def training_flags(parser, recipes):
+    """Declare the flags that pre-training and fine-tuning share."""
+    positive, not_negative = number(int, least=1), number(float, least=0)
+    parser.flag("--recipe", str, ", ".join(recipes))
+    parser.flag("--dataset", str, "digits, cifar10, or folder: class folders in DATA_PATH/train and DATA_PATH/{val,test}")
+    parser.flag("--data-path", str, "where the data set lies")
+    parser.flag("--image-size", positive, "resolution at which noise is added, in pixels")
+    parser.flag("--normalisation", str, f"mean and standard deviation of {', '.join(NORMALISATION)}")
+    parser.flag("--model", str, ", ".join(SIZES))
+    parser.flag("--model-size", positive, "resolution to which the model resizes, in pixels (None: not at all)")
+    parser.flag("--batch", positive, "effective batch, images")
+    parser.flag("--device-batch", positive, "largest batch of one process at a time, images")
+    parser.flag("--epochs", number(float, above=0), "epochs")
+    parser.flag("--warmup-epochs", not_negative, "epochs of linear warm-up")
+    parser.flag("--base-lr", number(float, above=0), "learning rate per 256 images of the effective batch")
+    parser.flag("--weight-decay", not_negative, "AdamW's")
+    parser.flag("--seed", number(int, least=0), "of initialisation, data order, augmentation, noise and masks", default=0)
+    parser.flag("--log-every", positive, "steps between log rows")
+    parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
+    parser.flag("--out", str, "run directory")
+    parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
+    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
+    parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.flag("--deterministic", bool, "deterministic kernels only: on a GPU, too, the same command gives the same bits",
+                default=False)
+    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
+    parser.flag("--recompute", bool, "recompute activations in the backward pass, to save memory", default=False)
+    parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
+    parser.flag("--dry-run", bool, "print settings, sizes and costs, run one step, and exit", default=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared by the three stages: usage errors, processes, files, data sets. No equation below: a reader of the paper is done.
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ from model import (
     share_batch,
     shift_and_flip,
     start_processes,
+    training_flags,
     training_positions,
     unpatchify,
 )
@@ -145,42 +146,16 @@ def parse(argv):
     first = Parser(add_help=False)
     first.add_argument("--recipe", default="digits")
     recipe = first.parse_known_args(argv)[0].recipe
-    parser = Parser(__doc__, choose("recipe", recipe, RECIPES) | dict(out=f"runs/{recipe}"))
-    positive, not_negative = number(int, least=1), number(float, least=0)
-    parser.flag("--recipe", str, ", ".join(RECIPES), default=recipe)
-    parser.flag("--dataset", str, "digits, cifar10, or folder: class folders in DATA_PATH/train and DATA_PATH/{val,test}")
-    parser.flag("--data-path", str, "where the data set lies")
-    parser.flag("--image-size", positive, "resolution at which noise is added, in pixels")
-    parser.flag("--normalisation", str, f"mean and standard deviation of {', '.join(NORMALISATION)}")
+    parser = Parser(__doc__, choose("recipe", recipe, RECIPES) | dict(recipe=recipe, out=f"runs/{recipe}"))
+    not_negative = number(float, least=0)
     parser.flag("--holdout", not_negative, "training images held out for pictures and model selection: share or number")
     parser.flag("--augment", str, "augmentation", choices=("none", "shift", "flip", "shift-flip", "resized-crop"))
-    parser.flag("--model", str, ", ".join(SIZES))
     parser.flag("--sigma", not_negative, "standard deviation of the noise, for pixels in [0, 1]")
     parser.flag("--mask-ratio", number(float, least=0, below=1), "share of the patches that are dropped")
-    parser.flag("--model-size", positive, "resolution to which the model resizes, in pixels (None: not at all)")
     parser.flag("--loss-on", str, "all patches (DMAE) or the dropped ones (MAE)", choices=("all", "dropped"))
     parser.flag("--norm-pix", bool, "standardise each target patch")
     parser.flag("--init", str, "pre-training checkpoint to start from (optimizer and schedule start anew)")
-    parser.flag("--batch", positive, "effective batch, images")
-    parser.flag("--device-batch", positive, "largest batch of one process at a time, images")
-    parser.flag("--epochs", number(float, above=0), "epochs")
-    parser.flag("--warmup-epochs", not_negative, "epochs of linear warm-up")
-    parser.flag("--base-lr", number(float, above=0), "learning rate per 256 images of the effective batch")
-    parser.flag("--weight-decay", not_negative, "AdamW's")
-    parser.flag("--seed", number(int, least=0), "of initialisation, data order, augmentation, noise and masks", default=0)
-    parser.flag("--log-every", positive, "steps between log rows")
-    parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
-    parser.flag("--out", str, "run directory")
-    parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
-    parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.flag("--deterministic", bool, "deterministic kernels only: on a GPU, too, the same command gives the same bits",
-                default=False)
-    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
-    parser.flag("--recompute", bool, "recompute activations in the backward pass, to save memory", default=False)
-    parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
-    parser.flag("--dry-run", bool, "print settings, sizes and costs, run one step, and exit", default=False)
+    training_flags(parser, RECIPES)
     args = parser.parse_args(argv)
     choose("model", args.model, SIZES)
     choose("normalisation", args.normalisation, NORMALISATION)
