@@ -323,7 +323,8 @@ def main(argv):
         if rank == 0:
             rows = [json.loads(row) for row in run.log_file.read_text().splitlines()]
             draw_loss(run.file(".loss.png"), rows)
-            clean = torch.stack([held.read(i) for i in range(min(10, len(held)))]).to(device) / held.levels
+            some = range(0, len(held), -(-len(held) // 10))               # evenly spaced: class folders are sorted by class
+            clean = torch.stack([held.read(i) for i in some]).to(device) / held.levels
             draw_reconstructions(run.file(".png"), model, clean, args.sigma, args.mask_ratio, args.seed)
 
     batches = load_batches(start)
