@@ -612,11 +612,9 @@ class UsageError(Exception):
     def __init__(self, message, status=2):
         super().__init__(message)
         self.status = status
-
 def require(condition, message):
     if not condition:
         raise UsageError(message)
-
 def choose(kind, name, table):
     close = difflib.get_close_matches(str(name), table, n=1)
     require(name in table, f"unknown {kind} {name!r}: {f'did you mean {close[0]!r}?' if close else list(table)}")
@@ -646,8 +644,10 @@ def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
 
 INTERRUPT = []                                   # the number of a SIGTERM or SIGINT; loops look here when they can stop
 def command(main):
-    """Decorates a stage's main(argv=None): errors become one line on stderr; a first signal waits until it is seen."""
+    """Decorates a stage's main(argv=None): errors become one line; in a Run, a first signal waits until a loop sees it."""
     def note(number, frame):
+        if not Run.begun:                        # there is nothing to lose yet
+            raise SystemExit(128 + number)
         if INTERRUPT:                            # a terminal sends one to all, and torchrun passes on its own: one stop
             signal.signal(number, signal.SIG_DFL)                                         # a third one ends at once
         INTERRUPT.append(number)
@@ -655,6 +655,7 @@ def command(main):
     @functools.wraps(main)
     def run(argv=None):
         INTERRUPT.clear()
+        Run.begun = False
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return main(sys.argv[1:] if argv is None else argv)
@@ -698,7 +699,6 @@ def write_atomically(path, write):
     except (OSError, RuntimeError) as error:                                              # torch.save raises either
         temporary.unlink(missing_ok=True)
         raise UsageError(f"cannot write {path}: {str(error).splitlines()[0]}", status=1) from None
-
 def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -718,7 +718,7 @@ class Run:
             dist.broadcast_object_list(problem, device=torch.device("cpu"))
         if problem[0]:
             raise problem[0]
-        self.done = self.result.exists()
+        self.done, Run.begun = self.result.exists(), True
 
     def file(self, end):
         return Path(self.stem + end)

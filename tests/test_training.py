@@ -508,6 +508,14 @@ def test_the_faster_crop_draws_and_resizes_like_torchvisions_of_pictures():
             assert 10 * math.log10(255**2 / max(error, 1e-9)) > 40
 
 
+def test_a_signal_before_a_run_has_begun_ends_it_at_once(monkeypatch, tmp_path):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        monkeypatch.setattr(pretrain, "cost", lambda *_, number=number: os.kill(os.getpid(), number) or pytest.fail("went on"))
+        with pytest.raises(SystemExit) as stop:
+            pretrain.main(["--dry-run", "--device", "cpu", "--out", str(tmp_path)])
+        assert stop.value.code == 128 + number
+
+
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
 def test_deterministic_kernels_are_enough(name, tmp_path):
     common = ["--epochs", "1", "--deterministic", "--device", "cpu", "--out", str(tmp_path)]
