@@ -46,13 +46,13 @@ from model import (
     VisionTransformer,
     choose,
     command,
-    faster_in_bf16,
     fit,
     gather,
     load_weights,
     number,
     open_images,
     open_picture,
+    pick_dtype,
     read_checkpoint,
     require,
     sha256,
@@ -567,7 +567,7 @@ def parse(argv):
     return args, checkpoints
 
 
-def open_classifier(args, checkpoints, device):
+def open_classifier(args, checkpoints, device, world):
     """The base classifier f that the arguments name: (B, C, H, W) in [0, 1] -> logits (B, classes), in eval mode."""
     if args.classifier:
         file, _, name = args.classifier.partition(":")
@@ -576,18 +576,14 @@ def open_classifier(args, checkpoints, device):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         require(callable(getattr(module, name, None)), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-        models, faster = [getattr(module, name)], device.type == "cuda"
+        models = [getattr(module, name)]
+        args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     else:
         models = [model.to(device).eval() for model in map(rebuild, checkpoints, args.checkpoint)]
-        faster = args.dtype == "auto" and faster_in_bf16(models[0], device)
+        args.dtype = pick_dtype(args.dtype, models[0], device, world)
         if args.compile:
             for model in models:
                 model.compile()
-
-    if args.dtype == "auto":
-        args.dtype = "bf16" if faster else "fp32"
-        if faster and device.type == "cpu":
-            print("bf16 is faster on this processor, and so what f is certified in (--dtype fp32: not)", file=sys.stderr)
 
     def classifier(x):
         if INTERRUPT:
@@ -651,7 +647,9 @@ def main(argv):
     size, channels = data.get("image_size", args.image_size or size), data.get("channels", channels)
     args.device, args.batch = device.type, args.batch or (4 * CHUNK if gpu or size <= 64 else CHUNK)
     args.compile = gpu if args.compile is None else args.compile
-    classifier = open_classifier(args, checkpoints, device)
+    classifier = open_classifier(args, checkpoints, device, world)
+    if args.dtype == "bf16" and not gpu:
+        say("f runs in bf16, which --dtype fp32 would change")
     if args.sequential:
         rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance)
     else:

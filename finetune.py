@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch.nn.parallel import DistributedDataParallel
@@ -41,13 +42,13 @@ from model import (
     command,
     cost,
     decays,
-    faster_in_bf16,
     gather,
     learning_rate,
     load_encoder,
     load_weights,
     number,
     open_images,
+    pick_dtype,
     read_checkpoint,
     require,
     seed_of,
@@ -408,7 +409,7 @@ def main(argv):
     rank, world, device = start_processes(args.device)
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"                                 # what cuBLAS asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                       # what cuBLAS asks for
     say = print if rank == 0 else lambda *_: None
 
     # data
@@ -451,14 +452,14 @@ def main(argv):
     optimizer = LARS(groups, peak) if args.linear_probe else \
         torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
 
+    args.dtype = pick_dtype(args.dtype, model, device, world)
     settings = vars(args) | {"init_sha256": checkpoint and sha256(args.init)}
 
     # one micro-batch
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and faster_in_bf16(model, device))
     if args.compile if args.compile is not None else device.type == "cuda":
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     copies = 2 if args.consistency else 1
 
     def load_batches(start):
@@ -479,7 +480,7 @@ def main(argv):
         return loss
 
     say(f"{args.model}: {sum(p.numel() for group in groups for p in group['params']):,} trained parameters on {world} x "
-        f"{device.type} in {'bf16' if bf16 else 'fp32'}; {labelled:,} images; {steps:,} steps of {world} x {accumulate} x "
+        f"{device.type} in {args.dtype}; {labelled:,} images; {steps:,} steps of {world} x {accumulate} x "
         f"{device_batch} = {args.batch} images; lr {peak:.3g}; sigma {args.sigma:g}")
     if args.dry_run:
         batch = next(load_batches(0))
@@ -501,12 +502,14 @@ def main(argv):
         return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
 
     def accuracy(images, draws):
+        for buffer in model.buffers() if world > 1 else ():           # the probe's statistics: rank 0's, as in its checkpoint
+            dist.broadcast(buffer, 0)
         with autocast:
             return evaluate(model, images, args.sigma, draws, 250, args.seed, rank, world, device, args.workers)
 
     def thousand(images):
         """At most 1000 of them, evenly spaced: class folders are sorted by class."""
-        return images.subset(torch.arange(0, len(images), -(-len(images) // 1000)))
+        return images.subset(torch.linspace(0, len(images) - 1, min(1000, len(images)), dtype=torch.float64).long())
 
     batches = load_batches(start)
     total, counted = torch.zeros((), device=device), 0

@@ -37,12 +37,12 @@ from model import (
     command,
     cost,
     decays,
-    faster_in_bf16,
     gather,
     learning_rate,
     load_weights,
     number,
     open_images,
+    pick_dtype,
     read_checkpoint,
     require,
     seed_of,
@@ -243,7 +243,7 @@ def main(argv):
     rank, world, device = start_processes(args.device)
     torch.use_deterministic_algorithms(args.deterministic)
     if args.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"                                 # what cuBLAS asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                       # what cuBLAS asks for
     say = print if rank == 0 else lambda *_: None
 
     # data
@@ -269,9 +269,10 @@ def main(argv):
     require(int(math.prod(model.grid) * (1 - args.mask_ratio)) > 0, f"--mask-ratio {args.mask_ratio} keeps no patch at all")
     if args.init:
         load_weights(model, read_checkpoint(args.init)["model"], args.init)
-    settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
     model.recompute_activations = args.recompute
     model.to(device)
+    args.dtype = pick_dtype(args.dtype, model, device, world)
+    settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
 
     # optimizer
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -280,7 +281,6 @@ def main(argv):
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
 
     # one micro-batch
-    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and faster_in_bf16(model, device))
     if args.compile if args.compile is not None else device.type == "cuda":
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
@@ -292,11 +292,11 @@ def main(argv):
     def micro_loss(pixels, *position):
         images = pixels / train.levels                                                    # B C H W in [0, 1]
         noise, mask_noise = draw_corruption(images, math.prod(model.grid), args.seed, *position, rank)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
             return network(images, args.sigma, args.mask_ratio, noise, mask_noise)[0]
 
     say(f"{args.model}: {sum(p.numel() for _, p in named):,} trained parameters on {world} x {device.type} in "
-        f"{'bf16' if bf16 else 'fp32'}; {len(train):,} images; {steps:,} steps of {world} x {accumulate} x {device_batch} = "
+        f"{args.dtype}; {len(train):,} images; {steps:,} steps of {world} x {accumulate} x {device_batch} = "
         f"{args.batch} images; lr {peak:.3g}")
     if args.dry_run:
         pixels, _ = next(load_batches(0))
@@ -323,7 +323,7 @@ def main(argv):
         if rank == 0:
             rows = [json.loads(row) for row in run.log_file.read_text().splitlines()]
             draw_loss(run.file(".loss.png"), rows)
-            some = range(0, len(held), -(-len(held) // 10))               # evenly spaced: class folders are sorted by class
+            some = torch.linspace(0, len(held) - 1, min(10, len(held))).long().tolist()   # class folders are sorted by class
             clean = torch.stack([held.read(i) for i in some]).to(device) / held.levels
             draw_reconstructions(run.file(".png"), model, clean, args.sigma, args.mask_ratio, args.seed)
 

@@ -16,12 +16,12 @@
 # %% [markdown]
 # # 1. Smoothing: from a brittle classifier to one with a guarantee
 #
-# A trained network is right on almost every test image, and wrong on images that nobody could tell from them. This notebook
+# A trained network is right on most test images, and wrong on images that nobody could tell from them. This notebook
 # replaces such a classifier $f$ by its *smoothed* version $g$ and proves how far an image has to be moved before $g$ may
 # change its mind. All of it rests on one classical argument, the lemma of Neyman and Pearson, which we go through in full: why
 # the worst case is a half-space, what radius follows, why no larger radius could follow, and what $\sigma$ has to do with it.
 #
-# Every formula appears four times: in symbols, in words, as the function of the scripts that implements it (printed from their
+# Formulas appear in symbols, in words, as the function of the scripts that implements them, where there is one (printed from their
 # source), and in a cell that checks it against something computed in another way. Symbols used throughout:
 #
 # | symbol | meaning |
@@ -454,8 +454,9 @@ plt.show()
 # %% [markdown]
 # ## Tightness: nobody can prove more
 #
-# Could a cleverer argument give a larger $R$ from the same two numbers? No: for every $p_A \ge p_B$ with $p_A + p_B \le 1$
-# there is a classifier that fits them and changes its answer immediately beyond $R$.
+# Could a cleverer argument give a larger $R$ from the same two numbers? No: for every $p_A \ge p_B > 0$ with $p_A + p_B \le 1$
+# there is a classifier that fits them and changes its answer immediately beyond $R$, if it may answer enough classes: two
+# where $p_B = 1 - p_A$, else $2 + \lceil (1 - p_A - p_B) / p_B \rceil$.
 #
 # *Proof.* Take a unit vector $u$ and let $f$ answer $A$ where $\langle u, z - x\rangle \le \sigma\Phi^{-1}(p_A)$ and $B$ where
 # $\langle u, z - x \rangle \ge \sigma\Phi^{-1}(1 - p_B)$. The half-spaces are disjoint since $p_A \le 1 - p_B$; the strip

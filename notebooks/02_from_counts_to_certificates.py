@@ -185,7 +185,7 @@ assert lower_confidence_bound(0, 10, 0.05) == 0
 #    \frac{z^2}{n}}. \tag{4} $$
 #
 # Hoeffding's is valid: for $[0, 1]$-valued independent variables $\Pr[\hat p - p \ge t] \le e^{-2nt^2}$, and $t$ is chosen to
-# make the right-hand side $\alpha$. It uses only that the variance is at most $1/4$, and so is loose where the variance
+# make the right-hand side $\alpha$. It treats every variable as if its variance were $1/4$, the largest possible, and so is loose where the variance
 # $p(1 - p)$ is small: near $p = 1$, where large radii live.
 #
 # Wilson's solves $(\hat p - p)/\sqrt{p(1-p)/n} = z$ for $p$: the count is treated as normal, with the right variance. It is an
@@ -325,7 +325,9 @@ plt.show()
 # $$ 2 \sum_{j = k_1}^{m} \binom{m}{j} 2^{-m} \le \alpha, \qquad m = k_1 + k_2. \tag{6} $$
 #
 # Given that a copy fell into one of two fixed classes, it is a coin toss, fair only if both are equally likely. The test is
-# *two*-sided as the same draws decide which of the two classes is called the first: either could have come out ahead.
+# *two*-sided as the same draws decide which of the two classes is called the first: either could have come out ahead. For two
+# classes this is the whole argument. That the test remains valid when the two are the most frequent of $K$ is a theorem (Hung
+# and Fithian 2019, on rank verification).
 
 # %%
 show(predict)
@@ -352,8 +354,8 @@ print(f"with equal classes, predict answers in {np.mean(np.array(answers) != ABS
 #
 # For $1 - \alpha^{1/n} \approx \ln(1/\alpha)/n$ when $n$ is large, and the Gaussian tail $1 - \Phi(t)$ is at most
 # $\frac12 e^{-t^2/2}$ and smaller than it by a factor of order $1/t$ only, which the logarithm nearly forgives (the grey line
-# errs by a few tenths, upwards). The cap grows like $\sqrt{\ln n}$: doubling a radius takes the *fourth power* of the number
-# of draws. This is why certified-accuracy curves end in a cliff, and why radii beyond $4\sigma$ are never reported. In the
+# errs by a few tenths, upwards). The cap grows like $\sqrt{\ln n}$: doubling a radius takes roughly the
+# *fourth power* of $n / (2 \ln(1/\alpha))$. This is why certified-accuracy curves end in a cliff, and why radii beyond $4\sigma$ are never reported. In the
 # code it is nothing but `certified_radius(lower_confidence_bound(n, n, alpha), sigma)`.
 #
 # **Check** against the root of $p^n = \alpha$, against the committed run (no radius beyond the cap, several at it).
@@ -390,8 +392,8 @@ plt.show()
 # choose $A$, and $n$ fresh ones to count. If one set served both purposes, $k$ would be the *largest* of several counts, which
 # is not binomial. The error is then bounded only by a sum over what could have been chosen:
 #
-# $$ \Pr\bigl[L(k_{\hat c}) > p_{\hat c}\bigr] \;\le\; \sum_{c} \Pr\bigl[L(k_c) > p_c,\ \hat c = c\bigr],
-#    \qquad \hat c = \arg\max_c k_c. \tag{8} $$
+# $$ \Pr\bigl[L(k_{\hat c}) > p_{\hat c}\bigr] \;=\; \sum_{c} \Pr\bigl[L(k_c) > p_c,\ \hat c = c\bigr]
+#    \;\le\; \sum_{c} \Pr\bigl[L(k_c) > p_c\bigr] \;\le\; K \alpha, \qquad \hat c = \arg\max_c k_c. \tag{8} $$
 #
 # With fresh draws, conditionally on $\hat c$ each count is binomial, and the bound holds given any choice. How much does reuse
 # cost? For two classes of probability $1/2$ each, a certificate for either is false, and either may win: the error is exactly
@@ -400,7 +402,7 @@ plt.show()
 #
 # But the same mistake at a larger scale is unbounded. Who certifies with $M$ random seeds, or $M$ fine-tuned models, and
 # reports for each image the largest radius, chooses among $M$ bounds, each wrong with probability up to $\alpha$; for
-# independent ones the error is
+# independent ones the error is at most
 #
 # $$ 1 - (1 - \alpha)^M. \tag{9} $$
 #
@@ -543,9 +545,20 @@ for a, errors in peeked.items():
 # events $\{\tau \le N\}$ grow to $\{\tau < \infty\}$ as $N \to \infty$, and probability is continuous from below. $\square$
 #
 # It is Markov's inequality, valid for the whole path at the price of one point. The *anytime lower bound* collects the refuted
-# claims: $L_n$ is the largest $p_0$ with $E_n(p_0) \ge 1/\alpha$. If $L_n > p$ at any $n$, then the true claim "the share is
-# at most $p$" has been refuted, which happens with probability at most $\alpha$ for all $n$ together. (That $E_n$ falls as
-# $p_0$ rises, below $k/n$, is what makes "largest" well-defined; the tests check it.)
+# claims: $L_n$ is the largest $p_0$ with $E_n(p_0) \ge 1/\alpha$. If $L_n > p$ at any $n$, then $E_n(p) \ge 1/\alpha$, too (shown
+# next), so that the true claim "the share is at most $p$" has been refuted, which happens with probability at most $\alpha$ for
+# all $n$ together.
+#
+# *Wherever $E_n \ge 1/\alpha$, it falls as $p_0$ rises; so the refuted claims form an interval $(0, L_n]$.* Write $a = k/n$, $q_0 = 1 -
+# p_0$, $\ell = \ln(1/\alpha)$, $b$ for the Beta density at $p_0$ and $W$ for its mass on $(p_0, 1]$. Differentiating (11),
+#
+# $$ \frac{d \ln E_n}{d p_0} = \frac bW \Bigl(1 - \frac 1{E_n}\Bigr) - \frac{n (a - p_0)}{p_0 q_0}. $$
+#
+# Where $p_0 \ge a$ all likelihood ratios are below 1, and so is $E_n$. Elsewhere $E_n$ is at most the largest of them,
+# $e^{n \mathrm{KL}(a \| p_0)}$, and $\mathrm{KL}(a \| p_0) \le (a - p_0)^2 / (p_0 q_0)$; hence $E_n \ge 1/\alpha$ makes the last term at
+# least $\sqrt{n \ell / (p_0 q_0)}$. And $b / W \le 1 / (2 q_0 \sqrt{p_0})$, since $b = 1 / (\pi \sqrt{p_0 q_0})$ and $W = \frac 2\pi \arcsin
+# \sqrt{q_0} \ge \frac 2\pi \sqrt{q_0}$. So the derivative is negative if $4 n q_0 \ell > 1$. It is, for $\alpha < 0.49$: if $p_0 < \frac12$, then
+# $n q_0 \ge \frac12$; else $E_n \le p_0^{-n}$ gives $\ell \le n \ln(1/p_0) \le n q_0 / p_0$, so $n q_0 \ge \ell / 2$. $\square$
 #
 # The integral has a closed form: $q^{k}(1-q)^{n-k}$ times the Beta density is another Beta density, so numerator and
 # normalisation are upper tails of Beta distributions (`betaincc`), all in logarithms.
@@ -612,8 +625,8 @@ plt.show()
 #
 # $$ \text{evidence against } p_A \ge \Phi(r/\sigma) \text{ reaches } 100, \tag{14} $$
 #
-# computed as (11) with successes and failures exchanged. It needs no share of $\alpha$, since stopping early for whatever
-# reason issues no certificate: a wrong stop costs a certificate, never a lie.
+# computed as (11) with successes and failures exchanged. It needs no share of $\alpha$: the anytime bounds hold at all
+# looks at once, hence at the one where one stops, for whatever reason. A wrong stop can make a radius smaller, never false.
 #
 # An image whose radius lies next to one of the table's gets all its $n$ draws, and there the anytime bound would be a worse
 # judge than Clopper and Pearson's. So $\alpha$ is split: the anytime bounds are computed at $\alpha/2$, and one
@@ -746,8 +759,8 @@ plt.show()
 # $$ f(z) = \mathbb 1\bigl[\, 2^{24} z \text{ is an integer} \,\bigr]. \tag{16} $$
 #
 # For real noise, $\Pr[f(x + e) = 1] = 0$ at every $x$: a countable set. With floats, at $x = 1$ every copy is such a multiple,
-# and at $x = 0$ only a third of them are. So CERTIFY at $x = 1$ sees 100 % and claims a radius far beyond the distance to
-# $x = 0$, where $g$ answers otherwise. The certificate is false, with certainty, and no confidence level helps.
+# and at $x = 0$ only a third of them are. So CERTIFY at $x = 1$ sees 100 % and, with enough draws, claims a radius beyond the
+# distance to $x = 0$, where $g$ answers otherwise. The certificate is false, with certainty, at whatever confidence level.
 
 # %%
 def coarse(z):

@@ -315,7 +315,7 @@ print("the prediction is bit for bit the same")
 # %% [markdown]
 # Then the bill. PyTorch's counter looks at the operations that really run; on the `meta` device they run without data.
 # We count ViT-B/16 at 224 × 224 and compare with the formula, to which the patch embedding adds $2N\cdot P^2C\cdot D$
-# (it is applied to all $N$ patches; selecting before it would save another percent).
+# (it is applied to all $N$ patches; selecting before it would save two more percent).
 
 # %%
 vit_b = build_dmae("vit_base_patch16").to("meta")
@@ -592,7 +592,7 @@ plt.show()
 # Take mask ratio 0. Which function of $y$ minimises the expected squared error $\mathbb E\|D(y) - x\|^2$? The posterior
 # mean $D^\star(y) = \mathbb E[x \mid y]$, as always with squares. For Gaussian noise it has a remarkable form:
 #
-# $$ \boxed{\;\mathbb E[x\mid y] = y + \sigma^2\,\nabla_y \log p(y)\;}, \qquad p(y) = \int q(x)\,\varphi_\sigma(y-x)\,dx . $$
+# $$ \boxed{\;\mathbb E[x\mid y] = y + \sigma^2\,\nabla_y \log p(y)\;}, \qquad p(y) = \int \varphi_\sigma(y-x)\,q(dx) . $$
 #
 # Here $q$ is the distribution of clean images, $\varphi_\sigma$ the density of $\mathcal N(0,\sigma^2 I)$, and $p$ the
 # density of the **noisy** images $y = x + \sigma\varepsilon$, not of the clean ones (which may have no density at all,

@@ -104,14 +104,14 @@ print(f"{len(train):,} training images, {len(x)} test images by other writers")
 # ## 1. Why train on noise
 #
 # The smoothed classifier never looks at $x$. It looks at $x + e$, many times, and takes a vote; all that counts is how $f$ behaves on
-# noisy images. And these are *far* from clean ones. For $e \in \mathbb{R}^d$ with independent entries of variance $\sigma^2$,
+# noisy images. And these are *far* from clean ones. For $e \in \mathbb{R}^d$ with independent normal entries of variance $\sigma^2$,
 #
 # $$ \mathbb{E}\,\|e\|_2^2 = d\,\sigma^2, \qquad \operatorname{Var}\,\|e\|_2^2 = 2 d\,\sigma^4, $$
 #
 # because $\|e\|_2^2/\sigma^2$ is a sum of $d$ squared standard normal variables, each of mean 1 and variance 2 (a $\chi^2_d$ variable).
 # Relative to its mean, its standard deviation is $\sqrt{2/d}$: in high dimension, noise lives on a thin shell of radius $\sigma\sqrt d$.
-# For the digits, $d = 64$ and $\sigma = 0.25$, the shell has a radius of 2, and that is about as far as it is from a digit to its nearest neighbour in
-# the data set. So a clean image is, for the distribution that $f$ is asked about, an outlier at the centre of an empty
+# For the digits, $d = 64$ and $\sigma = 0.25$, the shell has a radius of 2, nearly twice the distance from a test digit to its nearest training digit (the median is
+# printed below). So a clean image is, for the distribution that $f$ is asked about, an outlier at the centre of an empty
 # ball, and an $f$ that has only seen clean images is asked to extrapolate, every single time.
 #
 # The remedy is to train $f$ on what it will be asked about. This is the line that draws the noise, anew for every image in every step:
@@ -225,7 +225,7 @@ show(finetune.main, "loss = F.cross_entropy", "loss = F.cross_entropy")
 # uniform distribution over 50 drawn vectors, with all three quantities computed from the same draws. That makes the check sharp: one violation in 360 images would refute it. We try it with the committed classifier,
 # with the one that was trained without noise (which errs a lot more, so that the bound has something to bound), and with outputs that
 # have nothing to do with images. The last lines build the case in which both steps are equalities: half of the draws are right beyond doubt,
-# the other half put $p_y$ just below a half.
+# the other half put $p_y$ just below a half, and the tie of the votes goes against $y$.
 
 # %%
 @torch.inference_mode()
@@ -252,9 +252,9 @@ for name, (g_errs, f_errs, loss) in terms.items():
     print(f"{name:30}  error of g {g_errs.double().mean():6.1%}  <=  2 x error of f {2 * f_errs.mean():6.1%}"
           f"  <=  2/ln 2 x cross-entropy {2 / math.log(2) * loss.mean():6.1%}")
 
-torn = torch.tensor([[60.0, 0.0]] * 100 + [[0.0, 1e-9]] * 100)[:, None]                    # the right class is 0
-g_errs, f_errs, loss = bound_terms(torn, torch.tensor([0]))
-assert f_errs.item() == 0.5 and abs(2 / math.log(2) * loss.item() - 1) < 1e-6
+torn = torch.tensor([[0.0, 60.0]] * 100 + [[1e-9, 0.0]] * 100)[:, None]                    # the right class is 1
+g_errs, f_errs, loss = bound_terms(torn, torch.tensor([1]))
+assert g_errs.item() and f_errs.item() == 0.5 and abs(2 / math.log(2) * loss.item() - 1) < 1e-6
 print(f"the equality case: f errs in {f_errs.item():.0%} of the draws, 2/ln 2 x cross-entropy = {2 / math.log(2) * loss.item():.6f}")
 
 figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
@@ -275,7 +275,7 @@ plt.show()
 
 # %% [markdown]
 # Every point is a test image. None lies in the grey region (the second step), and none that $g$ gets wrong lies left of the dotted line (the
-# first). The bound is loose on average, by a factor of several, and it says nothing about *radii*: it drops the margin of the vote. That is the gap
+# first). The bound is loose on average (each step by a factor of four or five on the trained classifiers), and it says nothing about *radii*: it drops the margin of the vote. That is the gap
 # that the consistency term of section 5 aims at.
 #
 # ## 3. Layer-wise learning-rate decay
@@ -568,14 +568,14 @@ axes[0].legend(frameon=False, loc="upper left", ncols=3)
 plt.show()
 
 # %% [markdown]
-# By linear probe, what the DMAE's features hold under noise is far ahead of the MAE's, although the MAE's are not bad on *clean* images: it is the noise in pre-training that matters. After ten epochs of fine-tuning, the MAE has caught up to within two or three points: no seed has it
+# By linear probe, what the DMAE's features hold under noise is far ahead of the MAE's, although the MAE's are not bad on *clean* images: it is the noise in pre-training that matters. After ten epochs of fine-tuning, the MAE has caught up to within two or three points: under noise no seed has it
 # ahead, but that is not much more than the spread over the seeds. A network from scratch is still far behind, with few labels and with all.
 #
 # How much to trust this? The error bars are the standard deviation over three seeds, and a seed draws everything: the initialisation, the pre-training's noise and masks, the new head, the order of the images, the noise, and in the second task the labelled images.
 # Not in the bars is the luck of the test set, which is the same for all: with 360 images, a share of 90 % has a binomial standard error of 1.6 points of its own. The recipe's hyperparameters were chosen for DMAE on held-out
 # images, not for the other two; an initialisation from scratch might like another schedule, and no layer decay.
 #
-# The probe's optimizer is a matter of its own. LARS (You et al. 2017) sets the length of a step by the weights instead of by the gradient: a matrix $w$ with gradient $h$ (and weight decay $\beta$) gets
+# The probe's optimizer is a matter of its own. LARS (You et al. 2017; here in the variant of MAE's probes) sets the length of a step by the weights instead of by the gradient: a matrix $w$ with gradient $h$ (and weight decay $\beta$) gets
 #
 # $$ v \leftarrow \mu\,v + \tau\,\frac{\|w\|}{\|h + \beta w\|}\,(h + \beta w), \qquad w \leftarrow w - \eta\,v, $$
 #
@@ -626,7 +626,7 @@ plt.show()
 # $$ \mathbb{P}[c \mid z] = \frac{\sum_{i:\, y_i = c} \exp\!\big(-\|z - x_i\|_2^2 / 2\sigma^2\big)}{\sum_{j=1}^M \exp\!\big(-\|z - x_j\|_2^2 / 2\sigma^2\big)}, $$
 #
 # since the density of $z$ given $x_i$ is that of $e$ at $z - x_i$, whose normalisation $(2\pi\sigma^2)^{-d/2}$ is the same for all $i$ and cancels, as the prior $1/M$ does. Under this assumption no classifier of $z$ errs less often. The
-# assumption is wrong, of course (test digits are new ones, by new writers), but with $\sigma$ as large as the distance between neighbouring digits it is not very wrong: the sum
+# assumption is wrong, of course (test digits are new ones, by new writers), but with noise (of length $\sigma\sqrt d = 2$) longer than the distance between neighbouring digits (about 1.1) it is not very wrong: the sum
 # becomes a kernel density estimate whose bandwidth is the noise itself. A network that is to be worth its training should do better.
 #
 # This baseline is in none of the scripts, because it is nothing of the method's; `finetune.evaluate` takes it like any other classifier, and gives it the same noise as the networks of the same seed.
@@ -691,7 +691,7 @@ axis.legend(frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.1
 plt.show()
 
 # %% [markdown]
-# At equal total time (in processor seconds on one core; the epochs from scratch were reckoned from the seconds of the ten-epoch run, whose start weighs more, so that they took a fifth less than planned), training from scratch has more than made up for what it lacked, with each of the three seeds: pre-training is no
+# In four fifths of the total time (processor seconds on one core; the epochs from scratch were reckoned from the seconds of the ten-epoch run, and took less than planned), training from scratch has more than made up for what it lacked, with each of the three seeds: pre-training is no
 # bargain on these 1300 labelled digits, if its own cost is counted. And a sum of exponentials over the training images, without any training, is better than either with all labels, and no worse than the DMAE with ten per class. What the table does
 # say for pre-training is what section 6 says: *given* the encoder, a few epochs or a linear layer go far. The encoder's cost is paid once, without a label, and can be shared by many tasks, noise levels and few-label problems; the paper pays it
 # on ImageNet, where neither labels nor a nearest neighbour in pixel space are of so much use. Nothing here, in either direction, measures that: 8 × 8 digits lie so close together that pixels are almost the right features already.

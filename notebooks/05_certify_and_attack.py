@@ -179,7 +179,7 @@ plt.show()
 # where $\Phi$ is the standard normal distribution function and $\overline{p_B}$ bounds the probability of every other
 # class. The reason, proved in notebook 01: among all sets of mass $p_A$ under the noise around $x$, a half-space loses
 # the most mass when the noise moves by $\delta$ straight away from it, and keeps $\Phi\bigl(\Phi^{-1}(p_A) -
-# \|\delta\|/\sigma\bigr)$. That is one half exactly at $\|\delta\| = R$.
+# \|\delta\|/\sigma\bigr)$. With the lower bound for $p_A$ that is one half exactly at $\|\delta\| = R$.
 #
 # **Step 5, abstain** if $\underline{p_A}\le\frac12$: then $c_A$ may not even be the majority at $x$ itself.
 
@@ -216,8 +216,8 @@ assert whole[0] == logged["predict"] and abs(k - logged["count"]) <= 20         
 #    \mathrm{ACR} = \frac1m\sum_{i=1}^m R_i\,\mathbf 1\bigl[\hat c_i = y_i\bigr] = \int_0^\infty \mathrm{CA}(r)\,dr . $$
 #
 # $\hat c_i$ and $R_i$ are prediction and radius of test image $i$, $y_i$ its label, $m$ the number of images.
-# $\mathrm{CA}(r)$ is a lower bound of the accuracy under *every* attack of length below $r$; wrong answers and
-# abstentions never count. ACR, the average certified radius, is the area under the curve: integrate $\mathbf 1[R_i\ge
+# $\mathrm{CA}(r)$ is a lower bound of the accuracy under *every* attack of length below $r$, but for
+# certificates that are false (the *proven* rows allow for those); wrong answers and abstentions never count. ACR, the average certified radius, is the area under the curve: integrate $\mathbf 1[R_i\ge
 # r]$ over $r$ and get $R_i$.
 
 # %%
@@ -301,7 +301,7 @@ assert shares[1.0] < shares[0.25]
 
 # %% [markdown]
 # With less noise than it was trained for, the classifier stays right, but a small $\sigma$ cannot prove much. With
-# more, it falls behind the one that was trained for it, and at four times its own level it abstains on everything. This
+# more, it soon gets worse, and at four times its own level it abstains on everything. This
 # is why `certify.py` refuses another $\sigma$ than the checkpoint's unless told `--any-sigma`, and why the paper
 # fine-tunes one classifier for each.
 
@@ -358,9 +358,9 @@ except UsageError as error:
 # $$ \delta \leftarrow \Pi_\varepsilon\Bigl(\delta + \eta\,\frac{\nabla J}{\|\nabla J\|}\Bigr), \qquad
 #    \Pi_\varepsilon(\delta) = \delta\cdot\min\Bigl(1, \frac{\varepsilon}{\|\delta\|}\Bigr) . $$
 #
-# Two details make it strong (Salman et al. 2019, [arXiv 1906.04584](https://arxiv.org/abs/1906.04584)). The average
-# stands *inside* the logarithm: what is attacked is the smoothed classifier, not the average image's loss. And each
-# step draws its $M$ noises anew, so that $\delta$ cannot adapt to a particular sample.
+# Two details make it strong. The average stands *inside* the logarithm (Salman et al. 2019, [arXiv
+# 1906.04584](https://arxiv.org/abs/1906.04584)): what is attacked is the smoothed classifier, not the average image's loss.
+# And, this notebook's choice, each step draws its $M$ noises anew, so that $\delta$ cannot adapt to a particular sample.
 #
 # The attack is this notebook's own, since the scripts have no use for it. It may leave the range $[0,1]$: the
 # certificate covers that too, and it makes the attacker stronger.
@@ -419,7 +419,7 @@ for factor, all_flipped in ((0.97, False), (1.03, True)):
 # $$
 #
 # with $n_1\ge n_2$ the counts of the two most frequent classes. If the two were equally likely, a lead this large would
-# be a rarity; so a wrong winner is named with probability at most $\alpha$.
+# be a rarity; a wrong winner is named with probability at most $\alpha$ (notebook 02 says why).
 #
 # An attack **succeeds** if `predict` names a *different class*. Abstentions are shown separately.
 
@@ -528,8 +528,8 @@ plt.show()
 # $$ \mathbb P\bigl[f(x+\delta+e) = c_A\bigr] \;\ge\; \Phi\!\left(\Phi^{-1}(p_A) - \frac{\|\delta\|}{\sigma}\right)
 #    \qquad\text{for every }\delta, $$
 #
-# the half-space's loss of section 5.1 at any length. At $\|\delta\|=R$ the right side is one half, which is how the
-# radius was defined. Inside and outside, no attack may push the vote below the curve. Every attacked image is a point
+# the half-space's loss of section 5.1 at any length. With the lower bound for $p_A$, the right side is one half at
+# $\|\delta\|=R$, which is how the radius was defined. Inside and outside, no attack may push the vote below the curve. Every attacked image is a point
 # of the next picture: $\|\delta\|/R$ across, the measured share of $c_A$ upwards; in the second panel, against the
 # bound of that very image.
 
@@ -562,8 +562,8 @@ print(f"{len(shares)} attacks, none below the floor by more than sampling allows
 
 # %% [markdown]
 # No point lies below the line by more than the sampling error, as it must be, and the distance is what the decision
-# region of a real network has to spare over a half-space. (`predict`'s draws and the floor's $p_A$ are both estimates;
-# the assertion allows for it with an upper confidence bound.)
+# region of a real network has to spare over a half-space. (The measured share is an estimate, the floor's $p_A$ a
+# lower bound; the assertion allows for both.)
 #
 # A reservation. The certificate is about $g$ with ideal Gaussian noise. Whoever deploys $g$ evaluates it by sampling,
 # and so may abstain or, with probability $\alpha$, err, at the attacked image as at any other.
@@ -616,8 +616,9 @@ for at, value, best, se in zip(radii, ours, others.max(axis=0), error, strict=Tr
           f"{(value - best) / se:+.1f} standard errors")
 
 # %% [markdown]
-# At $r = 0.5$ ViT-B is behind the 857-million-parameter diffusion pipeline by about one standard error; from $r = 1$ on
-# it is ahead of all others by one and a half to six of them. On CIFAR-10 no method leads everywhere: the continued model up to
+# At $r = 0.5$ ViT-B is behind the 857-million-parameter diffusion pipeline by about one standard error of its own; from
+# $r = 1$ on it is ahead of all others by one and a half to six of these (that of a difference is larger: by $\sqrt 2$ if both
+# rest on as many images, more where the other rests on fewer). On CIFAR-10 no method leads everywhere: the continued model up to
 # $r = 0.5$, Boosting (an ensemble, 17M parameters) beyond.
 #
 # What this repository has measured is in `results/`; a cell that is empty in the README's table of the paper's settings

@@ -4,7 +4,7 @@
 
 One process calls the scripts' main(), one after the other, with the flags that it prints, and collects the last row of each
 log: that of the test images. Stopped and started again, it goes on. Times are of the processor, since other programs on the
-machine change those less than the clock's (None: the run was continued, so that its time is not known).
+machine change those less than the clock's.
 """
 
 import json
@@ -30,19 +30,21 @@ TASKS = {                                # what is trained after it: (part, head
 
 
 def run(script, name, flags):
-    """(its command, its processor seconds or None, its epochs, its log's last row) of a run of a stage, done now or earlier."""
+    """(its command, its processor seconds, its epochs, its log's last row) of a run of a stage, done now or earlier."""
     out = RUNS / name
     argv = f"{flags} --out {out}".split()
     command, clock = f"python {script.__name__}.py {' '.join(argv)}", out / "seconds"
-    started, fresh = time.process_time(), not out.exists()
     print(f"\n{command}", flush=True)
-    script.main(argv)
-    if fresh:
-        clock.write_text(f"{time.process_time() - started:.1f}")
+    if not any(file.name.count(".last") == 0 for file in out.glob("*.pt")):
+        started, spent = time.process_time(), float(clock.read_text()) if clock.exists() else 0.0
+        try:
+            script.main(argv)
+        finally:
+            clock.write_text(f"{spent + time.process_time() - started:.1f}")
     (log,) = out.glob("*.jsonl")
     last = json.loads(log.read_text().splitlines()[-1])
     epochs = json.loads(log.with_suffix(".json").read_text())["epochs"]
-    return command, float(clock.read_text()) if clock.exists() else None, epochs, last
+    return command, float(clock.read_text()), epochs, last
 
 
 class Posterior(torch.nn.Module):
