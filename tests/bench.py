@@ -150,10 +150,9 @@ class Setting:
         large, self.compare = SIZES[name]["image_size"] > 64, args.compare
         usual = {("cpu", True): 32, ("cpu", False): CHUNK}.get((device.type, large), 2 * CHUNK if large else 10 * CHUNK)
         if stage == "certify":
-            usual = 20 if large and device.type == "cpu" else 4 * CHUNK             # the scripts', but for time
+            usual = 20 if large and device.type == "cpu" else 4 * CHUNK           # fewer than certify.py's: they last long
         self.batch = args.batch or usual
-        draws = args.draws or (40 if large and device.type == "cpu" else 2000)
-        self.draws = math.ceil(draws / self.batch) * self.batch
+        self.draws = args.draws or (100 if large and device.type == "cpu" else 2000)
 
     def autocast(self, on=True):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and on)

@@ -491,7 +491,7 @@ def test_noise_of_sigma_comes_after_mixing_and_differs_between_copies(monkeypatc
 
 
 def test_the_faster_crop_draws_and_resizes_like_torchvisions_of_pictures():
-    """Same numbers drawn, at most 40 dB away: for crops that shrink and that grow, upright and flat."""
+    """Same numbers drawn, PSNR above 40 dB: for crops that shrink and that grow, upright and flat."""
     y, x = np.mgrid[:300, :450] / 40
     waves = np.stack([np.sin(x + 2 * y), np.sin(3 * x - y), np.cos(5 * x * y / 10)], axis=-1)
     picture = Image.fromarray(np.uint8(127.5 + 127.5 * waves))
@@ -517,7 +517,7 @@ def test_a_signal_before_a_run_has_begun_ends_it_at_once(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
-def test_deterministic_kernels_are_enough(name, tmp_path):
+def test_the_deterministic_mode_runs_on_a_cpu(name, tmp_path):
     common = ["--epochs", "1", "--deterministic", "--device", "cpu", "--out", str(tmp_path)]
     tune = ["--sigma", "0.25", "--init", "scratch", "--vote-every", "1"]
     try:
