@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_the_notebook_executes_and_its_assertions_hold(source, tmp_path):
     assert sum(len(re.findall(r"^\s*assert |assert_allclose|assert_close", cell, re.MULTILINE))
                for cell in code(jupytext.read(source))) >= 5
     done = subprocess.run([sys.executable, "-m", "jupytext", "--to", "ipynb", "--run-path", source.parent, "--execute",
-                           "--output", tmp_path / "out.ipynb", source], capture_output=True, text=True, timeout=600)
+                           "--output", tmp_path / "out.ipynb", source], capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     cells = [cell for cell in jupytext.read(tmp_path / "out.ipynb").cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
