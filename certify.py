@@ -55,6 +55,7 @@ from model import (
     pick_dtype,
     read_checkpoint,
     require,
+    run_flags,
     sha256,
     start_processes,
     write_atomically,
@@ -131,10 +132,10 @@ class Sequential:
     """Looks again and again, at most until n draws, and stops when the radii that a table asks for are settled.
 
     An image stops when the largest of `radii` is certified; when the next one up is futile, that is, the evidence against
-    P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: it issues no certificate); or when its radius is known to
-    lie within `tolerance` of that r. Half of alpha is spent on the anytime bounds, which hold at all looks at once, so that
-    their running maximum does; the other half on a Clopper-Pearson bound at n, for the images that get there. So all bounds
-    hold with probability 1 - alpha, and images next to a radius of the table are not judged by the looser bound.
+    P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: the bounds hold wherever one stops); or when its radius
+    is known to lie within `tolerance` of that r. Half of alpha is spent on the anytime bounds, which hold at all looks at
+    once, so that their running maximum does; the other half on a Clopper-Pearson bound at n, for the images that get there.
+    So all bounds hold with probability 1 - alpha, and images next to a radius of the table are not judged by the looser one.
     """
 
     def __init__(self, n, alpha, sigma, radii, tolerance=0.0, first=1000, growth=1.1, futility=100.0):
@@ -528,12 +529,7 @@ def parse(argv):
     parser.flag("--plot", str, "draw the report's curves into this file")
     parser.flag("--published", str, "mark published results in the plot", choices=tuple(PUBLISHED))
     parser.flag("--batch", positive, "copies in a pass, a multiple or a divisor of 100 (None: 400; large images, CPU: 100)")
-    parser.flag("--out", str, "run directory")
-    parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
-    parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
-    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
+    run_flags(parser)
     args = parser.parse_args(argv)
     if args.report:
         return args, []
@@ -577,13 +573,12 @@ def open_classifier(args, checkpoints, device, world):
         spec.loader.exec_module(module)
         require(callable(getattr(module, name, None)), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
         models = [getattr(module, name)]
-        args.dtype = args.dtype if args.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     else:
         models = [model.to(device).eval() for model in map(rebuild, checkpoints, args.checkpoint)]
-        args.dtype = pick_dtype(args.dtype, models[0], device, world)
         if args.compile:
             for model in models:
                 model.compile()
+    args.dtype = pick_dtype(args.dtype, models[0], device, world)
 
     def classifier(x):
         if INTERRUPT:

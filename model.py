@@ -339,19 +339,26 @@ def decays(name, parameter):
     return parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
 
 
-def cost(loss_of_batch, model, images):
-    """One line on what a training step costs: runs loss_of_batch() forwards and backwards, and counts."""
-    kept, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+def activations_of(loss_of_batch, model):
+    """(loss_of_batch(), GiB that it keeps for the backward pass, weights aside); fake tensors can be counted, too."""
+    kept, own = {}, {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of_batch()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of_batch()                                        # its graph holds the storages: no two have one place
+    return loss, sum(size for storage, size in kept.items() if storage not in own) / 2**30
+
+
+def cost(loss_of_batch, model, images):
+    """One line on what a training step costs: runs loss_of_batch() forwards and backwards, and counts."""
+    with FlopCounterMode(display=False) as forward:
+        loss, activations = activations_of(loss_of_batch, model)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
-    activations = sum(size for storage, size in kept.items() if storage not in own) / 2**30
     weights = sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters()) / 2**30
     there, back = (counter.get_total_flops() / images / 1e9 for counter in (forward, backward))
     return (f"{there:.3g} GFLOP an image forwards, {back:.3g} backwards; memory of a process about {weights + activations:.3g} "
@@ -368,7 +375,7 @@ def faster_in_bf16(model, device):
     noise does not decide, and only for wide models, since narrow ones have too little arithmetic to gain from it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    width = model.pos_embed.shape[-1]
+    width = model.pos_embed.shape[-1] if isinstance(model, Encoder) else 0                # of others nothing is known
     if device.type != "cpu" or width < 256:
         return False
     for tokens in (8, 400):                     # where processors have no instructions for it, it is so slow that few tell
@@ -576,6 +583,16 @@ def training_positions(size, batch, device_batch, start, steps, seed, rank, worl
             yield [(epoch, image) for image in share[first:first + device_batch]]
 
 
+def run_flags(parser):
+    """Declare the flags that all stages share: where and how to run."""
+    parser.flag("--out", str, "run directory")
+    parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
+    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
+    parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
+
+
 def training_flags(parser, recipes):
     """Declare the flags that pre-training and fine-tuning share."""
     positive, not_negative = number(int, least=1), number(float, least=0)
@@ -595,14 +612,9 @@ def training_flags(parser, recipes):
     parser.flag("--seed", number(int, least=0), "of initialisation, data order, augmentation, noise and masks", default=0)
     parser.flag("--log-every", positive, "steps between log rows")
     parser.flag("--save-every", positive, "steps between checkpoints (written together with a log row)")
-    parser.flag("--out", str, "run directory")
-    parser.flag("--resume", str, "auto: continue an unfinished run; never: refuse", choices=("auto", "never"), default="auto")
-    parser.flag("--overwrite", bool, "delete this stage's earlier files in the run directory", default=False)
-    parser.flag("--device", str, "where to run", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.flag("--dtype", str, "auto: bf16 autocast where that is faster", choices=("auto", "fp32", "bf16"), default="auto")
+    run_flags(parser)
     parser.flag("--deterministic", bool, "deterministic kernels only: on a GPU, too, the same command gives the same bits",
                 default=False)
-    parser.flag("--compile", bool, "torch.compile (None: on GPUs)")
     parser.flag("--recompute", bool, "recompute activations in the backward pass, to save memory", default=False)
     parser.flag("--workers", number(int, least=0), "processes that read picture files, per process", default=8)
     parser.flag("--dry-run", bool, "print settings, sizes and costs, run one step, and exit", default=False)

@@ -629,21 +629,13 @@ plt.show()
 # assumption is wrong, of course (test digits are new ones, by new writers), but with noise (of length $\sigma\sqrt d = 2$) longer than the distance between neighbouring digits (about 1.1) it is not very wrong: the sum
 # becomes a kernel density estimate whose bandwidth is the noise itself. A network that is to be worth its training should do better.
 #
-# This baseline is in none of the scripts, because it is nothing of the method's; `finetune.evaluate` takes it like any other classifier, and gives it the same noise as the networks of the same seed.
+# This baseline is in none of the stages, because it is nothing of the method's, but in `results/digits/compare.py`, which made the log; `finetune.evaluate` takes it like any other classifier, and gives it the same noise as the networks of the same seed.
 
 # %%
-class Posterior(torch.nn.Module):
-    """log P[class | noisy image] if the clean one is one of the training images, each as likely as the other."""
+sys.path.insert(0, str(DIGITS))
+from compare import Posterior
 
-    def __init__(self, images, labels, sigma):
-        super().__init__()
-        self.images, self.labels, self.sigma = images.flatten(1), labels, sigma
-
-    def forward(self, noisy):
-        weights = (-torch.cdist(noisy.flatten(1), self.images).square() / (2 * self.sigma**2)).softmax(dim=1)
-        return torch.zeros(len(noisy), 10).index_add(1, self.labels, weights).log()
-
-
+show(Posterior)
 show(finetune.evaluate, "model.eval()", "voted += ")
 posterior = Posterior(train.pixels / train.levels, train.labels, SIGMA)
 

@@ -35,7 +35,17 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from certify import CHUNK, GaussianNoise, count_classes, generator_for
-from model import SIZES, Images, build_dmae, build_vit, open_picture, shift_and_flip, start_processes, training_positions
+from model import (
+    SIZES,
+    Images,
+    activations_of,
+    build_dmae,
+    build_vit,
+    open_picture,
+    shift_and_flip,
+    start_processes,
+    training_positions,
+)
 from pretrain import draw_corruption, make_augment
 
 SIGMA, CLASSES = 0.25, 1000
@@ -318,22 +328,12 @@ def data(args, device):
 def memory(name, batch):
     """GiB of a pre-training step in bf16 autocast: (weights, gradients and AdamW; activations), counted without computing."""
     with FakeTensorMode():
-        model, size, kept = build_dmae(name), SIZES[name], {}
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage                            # held on to, so that no other one gets its place
-            return tensor
-
+        model, size = build_dmae(name), SIZES[name]
         images = torch.rand(batch, size["channels"], size["image_size"], size["image_size"])
         drawn = torch.rand_like(images), torch.rand(batch, math.prod(model.grid))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-            loss = model(images, SIGMA, 0.75, *drawn)[0]              # its graph stays alive: so do the storages
-        activations = sum(storage.nbytes() for place, storage in kept.items() if place not in own)
-        weights = 16 * sum(parameter.numel() for parameter in model.parameters())
-        del loss
-    return weights / 2**30, activations / 2**30
+        with torch.autocast("cpu", torch.bfloat16):
+            _, activations = activations_of(lambda: model(images, SIGMA, 0.75, *drawn)[0], model)
+        return 16 * sum(parameter.numel() for parameter in model.parameters()) / 2**30, activations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
