@@ -20,6 +20,7 @@ Axes:  B images   C channels   H W pixels   N patches (h x w of them)   K kept p
 """
 
 import argparse
+import ctypes
 import difflib
 import fcntl
 import functools
@@ -659,6 +660,14 @@ def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
         raise argparse.ArgumentTypeError(f"must be {' and '.join(limits) or 'finite'}, not {text}")
     return number
 
+def keep_memory():
+    """Let this process keep what it frees, in huge pages, where malloc is glibc's. Otherwise it returns large tensors' pages
+    to the system and faults them in again in every layer, which can take longer than the arithmetic (results/speed.md)."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")                # torch looks at its first tensor
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, value in ((-4, 0), (-1, 2**31 - 1)) if mallopt else ():                   # M_MMAP_MAX, M_TRIM_THRESHOLD
+        mallopt(option, value)
+
 INTERRUPT = []                                   # the number of a SIGTERM or SIGINT; loops look here when they can stop
 def command(main):
     """Decorates a stage's main(argv=None): errors become one line; in a Run, a signal waits until a loop sees it."""
@@ -671,6 +680,7 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None):
+        keep_memory()
         INTERRUPT.clear()
         Run.begun = False
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -8,7 +8,7 @@
     python tests/bench.py --table results/speed.md                      # this kind of machine's table, written into that file
 
 For each path: images (certification: draws) a second; TFLOP/s; the share of the peak, which is what a large matrix product
-reaches in the same run and dtype; the ratio to the bare loop (certification: the network's forward pass over ready-made
+reaches in the same dtype and turn; the ratio to the bare loop (certification: the network's forward pass over ready-made
 batches; training: forward, backward and optimizer alone, noise and masks made beforehand); peak memory. What is compared runs
 in turns; medians of the ratios and their quartiles are printed, since timings on shared machines are noisy. The floor of each
 path, in seconds, is its FLOPs over the peak.
@@ -41,6 +41,7 @@ from model import (
     activations_of,
     build_dmae,
     build_vit,
+    keep_memory,
     open_picture,
     shift_and_flip,
     start_processes,
@@ -79,11 +80,11 @@ def spread(values):
     return middle, low, high
 
 
-def matmul_peak(device, dtype, repeats):
-    """TFLOP/s of a large square matrix product."""
+def large_matmul(device, dtype):
+    """(function, FLOPs) of five large square matrix products: what the device can do."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / statistics.median(in_turns({"matmul": lambda: a @ b}, device, repeats)["matmul"]) / 1e12
+    return lambda: [a @ b for _ in range(5)], 5 * 2 * side**3
 
 
 def copy_bandwidth(device, repeats):
@@ -371,8 +372,10 @@ def main(argv=None):
     parser.add_argument("--json", help="write the rows to this file, too")
     parser.add_argument("--table", help="put the table into this Markdown file, between <!-- begin cpu --> (or cuda) and end")
     args = parser.parse_args(argv)
+    keep_memory()                                                     # as the scripts do
     device = start_processes(args.device)[2]
-    peak = matmul_peak(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32, args.repeats)
+    matmul, matmul_work = large_matmul(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    peak = matmul_work / statistics.median(in_turns({"matmul": matmul}, device, args.repeats)["matmul"]) / 1e12
     cuda, flags = device.type == "cuda", sys.argv[1:] if argv is None else argv
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     head = (f"{machine}, torch {torch.__version__}; peak {peak:.3g} TFLOP/s in {args.dtype}, "
@@ -382,12 +385,14 @@ def main(argv=None):
     for name, stage in itertools.product(args.model, [stage for stage in args.stage if stage in STAGES]):
         setting = Setting(args, device, name, stage)
         variants, work, images = STAGES[stage](name, setting)
-        times = in_turns(variants, device, args.repeats)
+        times = in_turns(variants | {"matmul": matmul}, device, args.repeats)
+        share = statistics.median(work / ours * product / matmul_work
+                                  for ours, product in zip(times["ours"], times.pop("matmul"), strict=True))
         against = {other: spread([b / a for a, b in zip(times["ours"], times[other], strict=True)])
                    for other in times if other != "ours"}
         taken, (ratio, low, high) = statistics.median(times["ours"]), against.pop("bare")
         row = dict(model=name, stage=stage, dtype=args.dtype, batch=setting.batch, per_second=images / taken,
-                   tflops=work / taken / 1e12, share_of_peak=work / taken / 1e12 / peak, ratio_to_bare=ratio, ratio_low=low,
+                   tflops=work / taken / 1e12, share_of_peak=share, ratio_to_bare=ratio, ratio_low=low,
                    ratio_high=high, memory_gib=peak_memory(variants["ours"], device), naive=against)
         rows.append(row)
         print(f"{name:18} {stage:9} {args.dtype}  batch {setting.batch:4}  {row['per_second']:10,.1f}/s  "
