@@ -156,8 +156,8 @@ def count_with_unique(model, x, draws, batch):
 class Setting:
     """What the stages are measured with."""
 
-    def __init__(self, args, device, name, stage):
-        self.device, self.bf16, self.compile = device, args.dtype == "bf16", device.type == "cuda"
+    def __init__(self, args, device, name, stage, dtype):
+        self.device, self.bf16, self.compile = device, dtype == "bf16", device.type == "cuda"
         large, self.compare = SIZES[name]["image_size"] > 64, args.compare
         usual = {("cpu", True): 32, ("cpu", False): CHUNK}.get((device.type, large), 2 * CHUNK if large else 10 * CHUNK)
         if stage == "certify":
@@ -310,7 +310,7 @@ def data(args, device):
     held = memory_images(device)
     print(f"held in memory (32 x 32): {held:,.0f} images/s")
     for name in args.model:
-        variants, _, images = pretraining(name, Setting(args, device, name, "pretrain"))
+        variants, _, images = pretraining(name, Setting(args, device, name, "pretrain", args.dtype[0]))
         rate = images / statistics.median(in_turns({"ours": variants["ours"]}, device, 3)["ours"])
         if SIZES[name]["image_size"] <= 64:
             slower = "device" if held > rate else "loader"
@@ -364,7 +364,7 @@ def main(argv=None):
     parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=[*STAGES, "data", "memory"])
     parser.add_argument("--batch", type=int, help="images in a forward pass (by the model, if not given)")
     parser.add_argument("--draws", type=int, help="noisy copies in each certification run")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--compare", action="store_true", help="time naive variants, too")
     parser.add_argument("--data-path", help="class folders for --stage data")
     parser.add_argument("--repeats", type=int, default=7)
@@ -374,16 +374,17 @@ def main(argv=None):
     args = parser.parse_args(argv)
     keep_memory()                                                     # as the scripts do
     device = start_processes(args.device)[2]
-    matmul, matmul_work = large_matmul(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    peak = matmul_work / statistics.median(in_turns({"matmul": matmul}, device, args.repeats)["matmul"]) / 1e12
+    matmuls = {dtype: large_matmul(device, torch.bfloat16 if dtype == "bf16" else torch.float32) for dtype in args.dtype}
+    peaks = [f"{work / statistics.median(in_turns({dtype: matmul}, device, args.repeats)[dtype]) / 1e12:.3g} TFLOP/s in {dtype}"
+             for dtype, (matmul, work) in matmuls.items()]
     cuda, flags = device.type == "cuda", sys.argv[1:] if argv is None else argv
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    head = (f"{machine}, torch {torch.__version__}; peak {peak:.3g} TFLOP/s in {args.dtype}, "
-            f"{copy_bandwidth(device, args.repeats):.3g} GB/s copying; `python tests/bench.py {' '.join(flags)}`")
+    head = (f"{machine}, torch {torch.__version__}; peak {', '.join(peaks)}, {copy_bandwidth(device, args.repeats):.3g} GB/s "
+            f"copying; `python tests/bench.py {' '.join(flags)}`")
     print(head, flush=True)
     rows = []
-    for name, stage in itertools.product(args.model, [stage for stage in args.stage if stage in STAGES]):
-        setting = Setting(args, device, name, stage)
+    for name, stage, dtype in itertools.product(args.model, [stage for stage in args.stage if stage in STAGES], args.dtype):
+        setting, (matmul, matmul_work) = Setting(args, device, name, stage, dtype), matmuls[dtype]
         variants, work, images = STAGES[stage](name, setting)
         times = in_turns(variants | {"matmul": matmul}, device, args.repeats)
         share = statistics.median(work / ours * product / matmul_work
@@ -391,11 +392,11 @@ def main(argv=None):
         against = {other: spread([b / a for a, b in zip(times["ours"], times[other], strict=True)])
                    for other in times if other != "ours"}
         taken, (ratio, low, high) = statistics.median(times["ours"]), against.pop("bare")
-        row = dict(model=name, stage=stage, dtype=args.dtype, batch=setting.batch, per_second=images / taken,
+        row = dict(model=name, stage=stage, dtype=dtype, batch=setting.batch, per_second=images / taken,
                    tflops=work / taken / 1e12, share_of_peak=share, ratio_to_bare=ratio, ratio_low=low,
                    ratio_high=high, memory_gib=peak_memory(variants["ours"], device), naive=against)
         rows.append(row)
-        print(f"{name:18} {stage:9} {args.dtype}  batch {setting.batch:4}  {row['per_second']:10,.1f}/s  "
+        print(f"{name:18} {stage:9} {dtype}  batch {setting.batch:4}  {row['per_second']:10,.1f}/s  "
               f"{row['tflops']:8.4f} TFLOP/s  {row['share_of_peak']:6.1%} of peak  {ratio:6.1%} ({low:.1%}-{high:.1%}) of the "
               f"bare loop  {row['memory_gib']:.2f} GiB", flush=True)
         for other, (ratio, low, high) in against.items():
