@@ -43,7 +43,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
@@ -354,14 +354,23 @@ def activations_of(loss_of_batch, model):
     return loss, sum(size for storage, size in kept.items() if storage not in own) / 2**30
 
 
+def count_flops(work):
+    """(work(), its FLOPs), a multiplication and an addition being two; torch itself would leave out attention on CPUs."""
+    aten = torch.ops.aten
+    left_out = {aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+                aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])}
+    with FlopCounterMode(display=False, custom_mapping=left_out) as counter:
+        result = work()
+    return result, counter.get_total_flops()
+
+
 def cost(loss_of_batch, model, images):
     """One line on what a training step costs: runs loss_of_batch() forwards and backwards, and counts."""
-    with FlopCounterMode(display=False) as forward:
-        loss, activations = activations_of(loss_of_batch, model)
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
+    (loss, activations), forward = count_flops(lambda: activations_of(loss_of_batch, model))
+    _, backward = count_flops(loss.backward)
     weights = sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters()) / 2**30
-    there, back = (counter.get_total_flops() / images / 1e9 for counter in (forward, backward))
+    there, back = forward / images / 1e9, backward / images / 1e9
     return (f"{there:.3g} GFLOP an image forwards, {back:.3g} backwards; memory of a process about {weights + activations:.3g} "
             f"GiB: {weights:.3g} for weights, gradients and optimizer, {activations:.3g} for {images} images' activations")
 

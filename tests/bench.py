@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,6 +40,7 @@ from model import (
     activations_of,
     build_dmae,
     build_vit,
+    count_flops,
     keep_memory,
     open_picture,
     shift_and_flip,
@@ -92,12 +92,6 @@ def copy_bandwidth(device, repeats):
     a = torch.zeros(2**26, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / statistics.median(in_turns({"copy": lambda: b.copy_(a)}, device, repeats)["copy"]) / 1e9
-
-
-def flops(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 def peak_memory(work, device):
@@ -208,7 +202,7 @@ def certification(name, s):
                      **({"fp32": lambda: ours(on=False)} if s.bf16 else {}),
                      "all of these": inside(attention_written_out, lambda: unique(on=False))}
     with torch.inference_mode():
-        return variants, draws * flops(lambda: eager(ready[:1])), draws
+        return variants, draws * count_flops(lambda: eager(ready[:1]))[1], draws
 
 
 def training(s, build, loss_of, draw):
@@ -232,7 +226,7 @@ def training(s, build, loss_of, draw):
                      **({"eager": lambda: step(draw(), eager, eager_fused)} if s.compile else {}),
                      **({"fp32": lambda: step(draw(), on=False)} if s.bf16 else {}),
                      "all of these": inside(attention_written_out, lambda: step(draw(), eager, loop, False))}
-    return variants, flops(lambda: loss_of(eager, *ready).backward()), s.batch
+    return variants, count_flops(lambda: loss_of(eager, *ready).backward())[1], s.batch
 
 
 def pretraining(name, s):

@@ -22,6 +22,7 @@ from model import (
     UsageError,
     build_dmae,
     build_vit,
+    count_flops,
     decays,
     faster_in_bf16,
     interpolate_positions,
@@ -608,6 +609,17 @@ def test_a_truncated_checkpoint_is_refused(published):
         path.write_bytes(whole[:int(share * len(whole))])
         with pytest.raises(UsageError, match="not a readable checkpoint"):
             read_checkpoint(path)
+
+
+def test_flops_are_those_of_the_formula_attention_included():
+    d, n, patches, hidden, classes, depth, batch = 16, 17, 16, 32, 5, 2, 3
+    vit = build_vit("vit_digits", classes, dim=d, depth=depth, heads=2)
+    linear = batch * (depth * n * (2 * 4 * d * d + 2 * 2 * d * hidden) + 2 * d * classes)
+    embed, attention = batch * 2 * patches * 4 * d, batch * depth * 4 * n * n * d
+    logits, forward = count_flops(lambda: vit(torch.rand(batch, 1, 8, 8)))
+    assert forward == embed + linear + attention
+    # two products back for each one there; pixels get no gradient; fused attention computes its scores once more
+    assert count_flops(logits.sum().backward)[1] == embed + 2 * linear + 2.5 * attention
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_dmae):
