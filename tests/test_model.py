@@ -2,7 +2,11 @@
 
 import argparse
 import math
+import os
 import pickle
+import platform
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -620,6 +624,17 @@ def test_flops_are_those_of_the_formula_attention_included():
     assert forward == embed + linear + attention
     # two products back for each one there; pixels get no gradient; fused attention computes its scores once more
     assert count_flops(logits.sum().backward)[1] == embed + 2 * linear + 2.5 * attention
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no mallopt")
+def test_freed_memory_is_kept():
+    code = ("import resource, torch; from model import keep_memory; keep_memory(); torch.ones(2**24); "
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; before = faults(); torch.ones(2**24); "
+            "print(faults() - before)")
+    small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, env=small_pages,
+                         cwd=Path(__file__).parents[1]).stdout
+    assert int(out) < 2**24 * 4 / os.sysconf("SC_PAGE_SIZE") / 10
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_dmae):
