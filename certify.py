@@ -1,71 +1,218 @@
-"""Stage 3: certify the smoothed classifier g(x) = argmax_c P[f(x + N(0, sigma^2 I)) = c] (Cohen, Rosenfeld, Kolter 2019).
+"""Stage 3: certify the smoothed classifier g(x) = argmax_c P[f(x + N(0, sigma^2 I)) = c] (Cohen et al. 2019).
 
-    python certify.py --sigma 0.25                                      # digits, two CPU cores: about a minute
-    python certify.py --sigma 0.25 --images mine.png                    # your own pictures
-    torchrun --nproc_per_node=8 -- certify.py --sigma 0.5 --recipe imagenet-base --n 10000      # --: else torchrun eats --n
-    python certify.py --sigma 0.5 --recipe cifar10 --shard 0/16         # one job of an array of 16
-    python certify.py --sigma 0.5 --recipe cifar10 --sequential         # same guarantee, a fraction of the draws
-    python certify.py --sigma 0.5 --classifier mine.py:f --dataset cifar10 --data-path data     # any network
+    python certify.py --sigma 0.25                                  # digits, two CPU cores: about a minute
+    python certify.py --sigma 0.25 --images mine.png                # your own pictures
+    torchrun --nproc_per_node=8 -- certify.py --sigma 0.5 --recipe imagenet-base --n 10000   # --: torchrun has an --n
+    python certify.py --sigma 0.5 --recipe cifar10 --shard 0/16     # one job of an array of 16
+    python certify.py --sigma 0.5 --recipe cifar10 --sequential     # same guarantee, a fraction of the draws
+    python certify.py --sigma 0.5 --classifier mine.py:f --dataset cifar10 --data-path data  # any network
     python certify.py --report runs/*/certify_sigma_*.tsv --plot curves.png --published cifar10
 
     from certify import certify
-    prediction, radius = certify(classifier, x, sigma=0.25, n0=100, n=100_000, alpha=0.001)     # x: (C, H, W)
+    prediction, radius = certify(classifier, x, sigma=0.25, n0=100, n=100_000, alpha=0.001)  # x: (C, H, W)
 
-What a row of the result says: with probability at least 1 - alpha over the noise drawn for that image, either g abstained
-or g answers `predict` on every x + d with |d|_2 < radius. To have all m rows true at once with 1 - alpha, run with
---alpha alpha/m. The theorem is about f exactly as it is run here: same dtype, same device, eval mode; deploy that.
+This file works alone: only for checkpoints of finetune.py it needs model.py beside it.
+
+What a row of the result says: with probability at least 1 - alpha over the noise drawn for that image, either g
+abstained or g answers `predict` on every x + d with |d|_2 < radius. To have all m rows true at once with 1 - alpha, run
+with --alpha alpha/m. The theorem is about f exactly as it is run here: same dtype, same device, eval mode; deploy that.
 The noise is pseudo-random, and in the default mode it is floating-point noise standing for real numbers, as in all
-published work; --sound removes the second assumption. The label is never looked at until prediction and radius are final.
+published work; --sound removes the second assumption. The label is never looked at until prediction and radius are
+final.
 
 Same settings, same rows: the result for an image depends on (seed, image index, settings) alone, not on the number of
-processes, their order, or interruptions. Bit for bit that holds on one type of CPU; on GPUs the kernel that is chosen may
-depend on the batch and the device, so that a logit's last bits, and so a few counts in 100 000, may differ.
+processes, their order, or interruptions. Bit for bit that holds on one type of CPU; on GPUs the kernel that is chosen
+may depend on the batch and the device, so that a logit's last bits, and so a few counts in 100 000, may differ.
+
+Axes:  B noisy copies   C channels   H W pixels
 """
 
+import argparse
+import atexit
+import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
 import importlib.util
 import itertools
+import json
 import math
+import os
 import re
 import sys
+import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+import torch.distributed as dist
 from scipy.special import betaincc, betaln
 from scipy.stats import beta, binom, binomtest, norm
-from tqdm import tqdm
-
-from model import (
-    INTERRUPT,
-    Parser,
-    Run,
-    UsageError,
-    VisionTransformer,
-    choose,
-    command,
-    fit,
-    gather,
-    load_weights,
-    number,
-    open_images,
-    open_picture,
-    pick_dtype,
-    read_checkpoint,
-    require,
-    run_flags,
-    sha256,
-    start_processes,
-    write_atomically,
-)
 
 ABSTAIN = -1
+CHUNK = 100                         # noise is always drawn for so many copies at once: other splits give other numbers
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From counts to a certificate
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Recipes
+# ----------------------------------------------------------------------------------------------------------
+
+DEFAULTS = dict(                    # what no recipe changes
+    classifier=None,
+    n0=100,                         # noisy copies that select the class
+    alpha=0.001,                    # chance that an image's certificate is wrong
+    seed=0,
+    max=None,                       # images
+    shard="0/1",
+    sequential=False,
+    boundary_tolerance=0.0,
+    sound=False,
+    any_sigma=False,
+    images=None,
+    batch=None,                     # 400 copies; of large images on a CPU 100
+    device="auto",
+    dtype="auto",
+    compile=None,
+    overwrite=False,
+)
+ANY = dict(                         # any classifier
+    dataset="digits",
+    data_path=None,
+    image_size=None,
+    n=100_000,                      # noisy copies that estimate its probability
+    skip=1,                         # certify every SKIP-th test image
+    radii=(0.0, 0.25, 0.5, 0.75, 1.0),
+)
+IMAGENET = dict(ANY, dataset="folder", n=10_000, skip=50, radii=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0))    # as in the paper
+RECIPES = {                         # by the recipe with which the checkpoint was made
+    "digits": dict(ANY, n=10_000, skip=3, radii=(0.0, 0.25, 0.5, 0.75)),
+    "cifar10": dict(ANY, dataset="cifar10", skip=20),                  # every 20th, as Cohen
+    "cifar10-transfer": dict(ANY, dataset="cifar10"),                  # all, as in the paper
+    "imagenet-base": IMAGENET,
+    "imagenet-large": IMAGENET,
+    "imagenet-huge": IMAGENET,
+    "other": ANY,
+}
+SHAPES = {"digits": (8, 1), "cifar10": (32, 3), "folder": (224, 3)}    # (size, channels), for --classifier
+MAY_CHANGE = {"data_path", "out", "checkpoint", "classifier", "overwrite"}     # when a run is continued
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """(settings, checkpoints): what the flags say, else the checkpoint's data set, else the recipe."""
+    parser = new_parser(__doc__, DEFAULTS | RECIPES["digits"])
+    count = number(int, least=1)
+    at_least_0 = number(float, least=0)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--sigma", type=number(float, above=0), help="standard deviation of the noise, pixels in [0, 1]")
+    parser.add_argument("--checkpoint", nargs="+", help="fine-tuned classifier; the logits of several are averaged")
+    parser.add_argument("--classifier", help="FILE.py:NAME, a callable from (B, C, H, W) in [0, 1] to logits, instead")
+    parser.add_argument("--recipe", choices=RECIPES, help="data set, n, radii")
+    parser.add_argument("--dataset", choices=DATASETS)
+    parser.add_argument("--data-path", help="where the data set lies")
+    parser.add_argument("--image-size", type=count, help="side of the images, pixels")
+    parser.add_argument("--n0", type=count, help="noisy copies that select the class")
+    parser.add_argument("--n", type=count, help="noisy copies that estimate its probability; at most, if --sequential")
+    parser.add_argument("--alpha", type=number(float, above=0, below=1), help="chance of a wrong certificate")
+    parser.add_argument("--skip", type=count, help="certify every SKIP-th test image")
+    parser.add_argument("--max", type=count, help="certify at most so many")
+    parser.add_argument("--shard", help="I/K: certify the I-th of K parts (from 0), for job arrays; --report merges them")
+    parser.add_argument("--radii", type=at_least_0, nargs="+", help="radii of the table, and that --sequential settles")
+    parser.add_argument("--sequential", action=switch, help="stop drawing once the radii of the table are settled")
+    parser.add_argument("--boundary-tolerance", type=at_least_0, help="let --sequential stop this near a radius")
+    parser.add_argument("--sound", action=switch, help="integer noise: sound in floating point; images on their grid")
+    parser.add_argument("--any-sigma", action=switch, help="allow another sigma than the one fine-tuned for")
+    parser.add_argument("--images", nargs="+", help="certify these pictures and print the outcome")
+    parser.add_argument("--report", nargs="+", help="print the table of these TSVs, ours or others'")
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), help="of the report")
+    parser.add_argument("--plot", help="draw the report's curves into this file")
+    parser.add_argument("--published", choices=PUBLISHED, help="mark published results in the plot")
+    parser.add_argument("--batch", type=count, help=f"copies in a pass, a multiple or a divisor of {CHUNK}")
+    add_run_flags(parser)
+    given = vars(parser.parse_args(argv))
+
+    if "report" in given:
+        radii = RECIPES[given.get("recipe", "digits")]["radii"]
+        report = dict(radii=radii, format="text", plot=None, published=None)
+        return argparse.Namespace(**report | given), []
+    require("sigma" in given, "--sigma is needed")
+    require("plot" not in given, "--plot needs --report")
+    require(not ("classifier" in given and "checkpoint" in given), "either --checkpoint or --classifier")
+
+    # The checkpoints say for what they were made.
+    sigma = given["sigma"]
+    out = given.get("out", f"runs/{given.get('recipe', 'digits')}")
+    files = []
+    if "classifier" not in given:
+        files = given.get("checkpoint", [f"{out}/finetune_sigma_{sigma:g}.pt"])
+    checkpoints = read_classifiers(files, sigma, given.get("any_sigma", False))
+    data, recipe = {}, "other" if "classifier" in given else "digits"
+    if checkpoints:
+        data = checkpoints[0]["data"]
+        recipe = checkpoints[0]["settings"].get("recipe", recipe)
+    recipe = given.get("recipe", recipe)
+    inherited = {key: data[key] for key in ("dataset", "data_path", "image_size") if key in data}
+    for key in ("dataset", "image_size"):
+        require(not data or given.get(key, data[key]) == data[key], f"--{key.replace('_', '-')} {given.get(key)} "
+                f"contradicts {files[0]}, which was made with {data.get(key)}")
+    if "classifier" in given and "out" not in given and "recipe" not in given:
+        out = f"runs/{Path(given['classifier'].split(':')[0]).stem}"
+
+    values = DEFAULTS | RECIPES.get(recipe, ANY) | inherited | dict(recipe=recipe, checkpoint=files, out=out) | given
+    args = argparse.Namespace(**values)
+    size, channels = SHAPES[args.dataset]
+    args.image_size = data.get("image_size", args.image_size or size)
+    args.channels = data.get("channels", channels)
+    check(args)
+    return args, checkpoints
+
+
+def read_classifiers(files, sigma, any_sigma):
+    """The checkpoints of finetune.py in `files`; they must be for this sigma and for the same images."""
+    if not files:
+        return []
+    try:
+        from model import read_checkpoint
+    except ModuleNotFoundError:
+        raise ValueError("checkpoints need model.py beside certify.py; any other network: --classifier") from None
+    wanted = ("dataset", "image_size", "channels", "classes")
+    checkpoints = [read_checkpoint(file, "finetune") for file in files]
+    first = checkpoints[0]["data"]
+    for file, checkpoint in zip(files, checkpoints, strict=True):
+        data, tuned = checkpoint["data"], checkpoint.get("sigma")
+        require(isinstance(data, dict) and {*wanted} <= data.keys(), f"{file} names no data set")
+        require(any_sigma or tuned == sigma, f"{file} was fine-tuned for sigma {tuned}, not {sigma:g}: certify at that, "
+                "or say --any-sigma")
+        other = [key for key in wanted if data[key] != first[key]]
+        require(not other, f"{file} and {files[0]} differ in {', '.join(other)}")
+    return checkpoints
+
+
+def check(args):
+    """Refuse what cannot work; leave out radii that --sequential could never settle."""
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    require(shard and int(shard[1]) < int(shard[2]), f"--shard must be I/K with I from 0 to K - 1, not {args.shard}")
+    require(not args.batch or args.batch % CHUNK == 0 or CHUNK % args.batch == 0,
+            f"--batch must be a multiple or a divisor of {CHUNK}, not {args.batch}")
+    last_alpha = args.alpha / 2 if args.sequential else args.alpha
+    most = certified_radius(lower_confidence_bound(args.n, args.n, last_alpha), args.sigma)
+    least_n = math.floor(-math.log2(last_alpha)) + 1                   # alpha^(1/n) > 1/2
+    require(most > 0, f"n = {args.n} copies can only abstain at alpha = {args.alpha:g}: --n {least_n} or more")
+    reachable = [r for r in args.radii if r < most]
+    if args.sequential and len(reachable) < len(args.radii):
+        print(f"radii above {most:.3f} cannot be reached with n = {args.n}: left out", file=sys.stderr)
+        args.radii = reachable
+
+
+# ----------------------------------------------------------------------------------------------------------
+# CERTIFY and PREDICT
+# ----------------------------------------------------------------------------------------------------------
 
 
 def lower_confidence_bound(k, n, alpha):
@@ -74,15 +221,18 @@ def lower_confidence_bound(k, n, alpha):
     The alpha quantile of Beta(k, n - k + 1); 0 when k = 0, alpha^(1/n) when k = n. (Clopper & Pearson 1934; Cohen 2019,
     section 3.2.2, LowerConfBound.)
     """
-    return 0.0 if k == 0 else float(beta.ppf(alpha, k, n - k + 1))
+    if k == 0:
+        return 0.0
+    return float(beta.ppf(alpha, k, n - k + 1))
 
 
 def certified_radius(p_a, sigma, p_b=None):
-    """sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), or sigma Phi^-1(p_a) with p_b = 1 - p_a; 0 where p_a <= p_b (Cohen, theorem 1).
+    """sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), or sigma Phi^-1(p_a) with p_b = 1 - p_a; 0 where p_a <= p_b (theorem 1).
 
-    p_a: lower bound of the top class's probability; p_b: upper bound of any other's. The radius is in units of pixels.
+    p_a: lower bound of the top class's probability; p_b: upper bound of any other's. The radius is in pixels' units.
     """
-    p_b = 1 - p_a if p_b is None else p_b
+    if p_b is None:
+        p_b = 1 - p_a
     return max(0.0, float(sigma / 2 * (norm.ppf(p_a) - norm.ppf(p_b))))
 
 
@@ -91,26 +241,103 @@ def round_down(radius):
     return max(0.0, math.floor((radius - 1e-9) * 1e6) / 1e6)
 
 
+def generator_for(seed, index, phase, device):
+    """The random stream of one (image, phase): 0 selects, 1 estimates, 2 predicts.
+
+    Injective into 32 bits for one seed, since the CPU generator looks at no more: two images never share their noise.
+    """
+    key = 4 * index + phase
+    require(0 <= key < 2**32, f"image index {index} is too large")
+    for word in (seed, 0x9E3779B9):                                    # each line is a bijection of 32-bit numbers
+        key = (key + word * 0x85EBCA6B) % 2**32
+        key = (key ^ (key >> 16)) * 0x7FEB352D % 2**32
+        key = (key ^ (key >> 15)) * 0x846CA68B % 2**32
+        key ^= key >> 16
+    return torch.Generator(device).manual_seed(key)
+
+
+@torch.inference_mode()
+def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK):
+    """How often f answers each class on n copies x + sigma N(0, I): int64 (classes,). (Cohen's SampleUnderNoise.)
+
+    Noise is drawn for CHUNK copies at a time, and f always sees `batch` copies: the counts do not depend on n's rest.
+    """
+    chunks = max(1, batch // CHUNK)
+    counts = 0
+    for first in range(0, n, chunks * CHUNK):
+        noise = [torch.randn(CHUNK, *x.shape, generator=generator, device=x.device) for _ in range(chunks)]
+        noisy = x + sigma * torch.cat(noise)                                         # B C H W
+        logits = torch.cat([classifier(part) for part in noisy.split(batch)])        # B classes
+        answers = logits.argmax(dim=1)[:n - first]
+        counts = counts + answers.bincount(minlength=logits.shape[1])
+    return counts.cpu()
+
+
+def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
+    """CERTIFY (Cohen 2019, section 3.2.2): (prediction, radius) for one image; (-1, 0.0) is an abstention.
+
+    x (C, H, W) in [0, 1], on the device where it is to run. classifier: any callable from (B, C, H, W) to logits
+    (B, classes); put it into eval mode before. With probability at least 1 - alpha over the noise (its stream is that
+    of seed and index), g answers `prediction` wherever |d|_2 < radius, in units of pixels. Give every image an `index`
+    of its own: images that share one share their noise.
+    """
+    # n0 copies choose the class.
+    selection = count_under_noise(classifier, x, sigma, n0, generator_for(seed, index, 0, x.device), batch)
+    top = int(selection.numpy().argmax())                              # of equals the first
+    # n fresh copies count how often it wins.
+    counts = count_under_noise(classifier, x, sigma, n, generator_for(seed, index, 1, x.device), batch)
+    p_a = lower_confidence_bound(int(counts[top]), n, alpha)
+    if p_a <= 0.5:
+        return ABSTAIN, 0.0
+    return top, round_down(certified_radius(p_a, sigma))
+
+
+def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
+    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability at most alpha. Arguments as certify's."""
+    counts = count_under_noise(classifier, x, sigma, n, generator_for(seed, index, 2, x.device), batch)
+    return clear_winner(counts, alpha)
+
+
+def clear_winner(counts, alpha):
+    """The class with the most counts (classes,), or -1 unless a two-sided binomial test tells the top two apart."""
+    order = counts.numpy().argsort(kind="stable")[::-1]
+    first, second = int(counts[order[0]]), int(counts[order[1]])
+    if binomtest(first, first + second, 0.5).pvalue > alpha:
+        return ABSTAIN
+    return int(order[0])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# How many copies: n of them, or as many as it takes
+# ----------------------------------------------------------------------------------------------------------
+
+
 def log_e_value(k, n, p):
     """Log of the evidence against P[success] <= p after k successes in n trials: a test that may be looked at any time.
 
-    E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2) density restricted to (p, 1].
-    For each q > p the likelihood ratio is multiplied, at the next trial, by q/p or (1-q)/(1-p); if P[success] = s <= p its
-    mean is s q/p + (1-s)(1-q)/(1-p) <= 1, with equality at s = p. So the ratio, and its average E, is a non-negative
-    supermartingale that starts at 1, and by Ville's inequality P[E ever reaches 1/alpha] <= alpha.
+    E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2) density restricted to
+    (p, 1]. For each q > p the likelihood ratio is multiplied, at the next trial, by q/p or (1-q)/(1-p); if P[success] = s
+    <= p its mean is s q/p + (1-s)(1-q)/(1-p) <= 1, with equality at s = p. So the ratio, and its average E, is a
+    non-negative supermartingale that starts at 1, and by Ville's inequality P[E ever reaches 1/alpha] <= alpha.
     """
     a, b = 0.5 + k, 0.5 + n - k
     with np.errstate(divide="ignore"):
-        return (betaln(a, b) - betaln(0.5, 0.5) - k * np.log(p) - (n - k) * np.log1p(-p)
-                + np.log(betaincc(a, b, p)) - np.log(betaincc(0.5, 0.5, p)))
+        posterior = betaln(a, b) + np.log(betaincc(a, b, p))
+        prior = betaln(0.5, 0.5) + np.log(betaincc(0.5, 0.5, p))
+        return posterior - prior - k * np.log(p) - (n - k) * np.log1p(-p)
 
 
 def anytime_lower_bound(k, n, alpha):
     """The p where log_e_value(k, n, p) crosses log(1/alpha): P[p <= P(success), at every look] >= 1 - alpha."""
-    low, high = 0.0, k / n                                            # k = 0: no evidence, 0
-    for _ in range(60 if k else 0):
+    if k == 0:
+        return 0.0                                                     # no evidence
+    low, high = 0.0, k / n
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if log_e_value(k, n, middle) >= -math.log(alpha) else (low, middle)
+        if log_e_value(k, n, middle) >= -math.log(alpha):
+            low = middle
+        else:
+            high = middle
     return low
 
 
@@ -118,7 +345,8 @@ class FixedN:
     """Cohen's procedure: one look, after n draws."""
 
     def __init__(self, n, alpha):
-        self.n, self.alpha = n, alpha
+        self.n = n
+        self.alpha = alpha
 
     def next_look(self, drawn):
         return self.n
@@ -131,54 +359,55 @@ class FixedN:
 class Sequential:
     """Looks again and again, at most until n draws, and stops when the radii that a table asks for are settled.
 
-    An image stops when the largest of `radii` is certified; when the next one up is futile, that is, the evidence against
-    P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: the bounds hold wherever one stops); or when its radius
-    is known to lie within `tolerance` of that r. Half of alpha is spent on the anytime bounds, which hold at all looks at
-    once, so that their running maximum does; the other half on a Clopper-Pearson bound at n, for the images that get there.
-    So all bounds hold with probability 1 - alpha, and images next to a radius of the table are not judged by the looser one.
+    An image stops when the largest of `radii` is certified; when the next one up is futile, that is, the evidence
+    against P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: the bounds hold wherever one stops); or when
+    its radius is known to lie within `tolerance` of that r. Half of alpha is spent on the anytime bounds, which hold at
+    all looks at once, so that their running maximum does; the other half on a Clopper-Pearson bound at n, for the images
+    that get there. So all bounds hold with probability 1 - alpha, and images next to a radius of the table are not
+    judged by the looser one.
     """
 
     def __init__(self, n, alpha, sigma, radii, tolerance=0.0, first=1000, growth=1.1, futility=100.0):
-        self.n, self.alpha, self.sigma, self.tolerance = n, alpha, sigma, tolerance
-        self.radii, self.first, self.growth, self.futility = sorted({0.0, *radii}), first, growth, futility
+        self.n = n
+        self.alpha = alpha
+        self.sigma = sigma
+        self.radii = sorted({0.0, *radii})
+        self.tolerance = tolerance
+        self.first = first
+        self.growth = growth
+        self.futility = futility
 
     def next_look(self, drawn):
+        """How many draws there are at the look after `drawn`: a tenth more, in whole chunks."""
         look = max(self.first, math.ceil(drawn * self.growth))
         return min(self.n, math.ceil(look / CHUNK) * CHUNK)
 
     def decide(self, k, n, bound):
+        """As FixedN.decide."""
+        # What is certain now.
         bound = max(bound, anytime_lower_bound(k, n, self.alpha / 2))
         if n >= self.n:
-            bound = max(bound, lower_confidence_bound(k, n, self.alpha / 2))
-        radius = self.sigma * norm.ppf(bound)                                             # negative while bound < 1/2
+            return max(bound, lower_confidence_bound(k, n, self.alpha / 2)), True
+        radius = self.sigma * norm.ppf(bound)                          # negative while bound < 1/2
+
+        # What there is still to gain.
         above = [r for r in self.radii if r > radius]
-        if not above or n >= self.n:
+        if not above:
             return bound, True
-        futile = log_e_value(n - k, n, norm.sf(above[0] / self.sigma)) >= math.log(self.futility)
-        if futile or not self.tolerance or above[0] - radius > self.tolerance:
-            return bound, futile
+        target = above[0]
+        if log_e_value(n - k, n, norm.sf(target / self.sigma)) >= math.log(self.futility):
+            return bound, True
+
+        # Whether it is near enough: the radius between two bounds within the tolerance of the target.
+        if self.tolerance == 0 or target - radius > self.tolerance:
+            return bound, False
         most = self.sigma * norm.isf(anytime_lower_bound(n - k, n, 1 / self.futility))
-        return bound, most - above[0] <= self.tolerance
+        return bound, most - target <= self.tolerance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------------------------------
-
-CHUNK = 100                         # noise is always drawn for this many copies at once: other splits give other numbers
-
-
-def generator_for(seed, index, phase, device):
-    """The random stream of one (image, phase): 0 selects, 1 estimates, 2 predicts. Injective into 32 bits for one seed,
-    since the CPU generator looks at no more: two images never share their noise."""
-    key = 4 * index + phase
-    require(0 <= key < 2**32, f"image index {index} is too large")
-    for word in (seed, 0x9E3779B9):                                   # each line is a bijection of 32-bit numbers
-        key = (key + word * 0x85EBCA6B) % 2**32
-        key = (key ^ (key >> 16)) * 0x7FEB352D % 2**32
-        key = (key ^ (key >> 15)) * 0x846CA68B % 2**32
-        key ^= key >> 16
-    return torch.Generator(device).manual_seed(key)
+# ----------------------------------------------------------------------------------------------------------
+# Noise
+# ----------------------------------------------------------------------------------------------------------
 
 
 class GaussianNoise:
@@ -188,6 +417,7 @@ class GaussianNoise:
         self.sigma = sigma
 
     def admit(self, x):
+        """The image, if this noise can be added to it."""
         return x
 
     def __call__(self, x, generator, out):
@@ -200,135 +430,151 @@ class GaussianNoise:
 class GridNoise:
     """round(x + sigma N(0, I)) on the grid 1/levels, exactly: the noise of --sound.
 
-    For x on the grid, rounding x + e is x + round(e): integers, drawn by comparing 53 random bits with a table of the rounded
-    Gaussian's cumulative probabilities. f after rounding is a base classifier like any other, so the theorem holds without
-    real-number noise; a deployment must round after adding noise, and never clip. The table is known to a few units of its
-    last place: a draw that those would decide is not counted for c_A.
+    For x on the grid, rounding x + e is x + round(e): integers, drawn by comparing 53 random bits with a table of the
+    rounded Gaussian's cumulative probabilities. f after rounding is a base classifier like any other, so the theorem
+    holds without real-number noise; a deployment must round after adding noise, and never clip. The table is known to a
+    few units of its last place: a draw that those would decide is not counted for c_A. (In substance Voracek & Hein 2023.)
     """
 
-    BITS, SLACK = 53, 64                                              # 64 units: norm.cdf errs by fewer than 8, tested
+    BITS, SLACK = 53, 64                                               # norm.cdf errs by fewer than 8 units, tested
 
     def __init__(self, sigma, levels, device):
         self.levels = levels
-        reach = math.ceil(9 * sigma * levels)                                             # P[beyond] < 2^-53
-        steps = np.arange(-reach, reach)
-        table = np.round(norm.cdf((steps + 0.5) / (sigma * levels)) * 2**self.BITS).astype(np.int64)
-        self.table, self.reach = torch.from_numpy(table).to(device), reach
+        self.reach = math.ceil(9 * sigma * levels)                     # P[beyond] < 2^-53
+        steps = np.arange(-self.reach, self.reach)
+        cumulative = norm.cdf((steps + 0.5) / (sigma * levels))
+        table = np.round(cumulative * 2**self.BITS).astype(np.int64)
+        self.table = torch.from_numpy(table).to(device)
 
     def admit(self, x):
-        """x, if it is on the grid."""
-        require((torch.round(x * self.levels) - x * self.levels).abs().max() < 1e-3,
-                f"--sound needs images on the grid 1/{self.levels}")
+        """The image, if it is on the grid."""
+        off = (torch.round(x * self.levels) - x * self.levels).abs().max()
+        require(off < 1e-3, f"--sound needs images on the grid 1/{self.levels}")
         return x
 
     def __call__(self, x, generator, out):
         bits = torch.randint(2**self.BITS, out.shape, generator=generator, device=out.device)
-        place = torch.searchsorted(self.table, bits, right=True)                          # table[place - 1] <= bits
-        sure = ((bits - self.table[(place - 1).clamp(min=0)]).abs() > self.SLACK) \
-            & ((bits - self.table[place.clamp(max=len(self.table) - 1)]).abs() > self.SLACK)
-        out.copy_((torch.round(x * self.levels) + (place - self.reach)) / self.levels)
-        return sure.flatten(1).all(dim=1)
+
+        # The entries around each draw: table[place - 1] <= bits < table[place].
+        place = torch.searchsorted(self.table, bits, right=True)                     # CHUNK C H W
+        below = self.table[(place - 1).clamp(min=0)]
+        above = self.table[place.clamp(max=len(self.table) - 1)]
+        sure = ((bits - below).abs() > self.SLACK) & ((bits - above).abs() > self.SLACK)
+
+        integers = place - self.reach
+        out.copy_((torch.round(x * self.levels) + integers) / self.levels)
+        return sure.flatten(1).all(dim=1)                                            # CHUNK
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Many images at once: the same counts as count_under_noise, in fewer and fuller passes
+# ----------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def count_classes(classifier, requests, noise, batch=CHUNK):
     """How often f answers each class on noisy copies: int64 (len(requests), classes) on the CPU.
 
-    requests: [(x (C, H, W), generator, copies), ...]. All images' copies share batches, in chunks; every batch has the same
-    shape, the last one padded. Counts stay on the device: this function's end is its only synchronisation.
+    requests: [(x (C, H, W), generator, copies), ...]. The copies of all images share batches, in chunks; every batch has
+    the same shape, the last one padded. Counts stay on the device: this function's end is its only synchronisation.
     """
     if batch % CHUNK and CHUNK % batch:
         raise ValueError(f"the batch must be a multiple or a divisor of {CHUNK}, not {batch}")
-    x = requests[0][0]
-    chunks = [(row, request, min(CHUNK, request[2] - drawn))
-              for row, request in enumerate(requests) for drawn in range(0, request[2], CHUNK)]
-    slots = max(1, batch // CHUNK)
-    copies = torch.zeros(slots * CHUNK, *x.shape, device=x.device, dtype=x.dtype)
-    place, unused = torch.arange(CHUNK, device=x.device), len(requests)
-    owner = torch.empty(slots * CHUNK, dtype=torch.int64, device=x.device)
+    x, _, _ = requests[0]
+
+    # Cut every request into chunks.
+    chunks = []
+    for row, (image, generator, wanted) in enumerate(requests):
+        for drawn in range(0, wanted, CHUNK):
+            chunks.append((row, image, generator, min(CHUNK, wanted - drawn)))
+
+    # A pass has room for so many chunks. Every copy has an owner: the row of the result in which its answer counts.
+    room = max(1, batch // CHUNK)
+    copies = torch.zeros(room * CHUNK, *x.shape, device=x.device, dtype=x.dtype)     # B C H W
+    owner = torch.empty(room * CHUNK, dtype=torch.int64, device=x.device)            # B
+    nobody = len(requests)
+    place = torch.arange(CHUNK, device=x.device)
     counts = None
-    for first in range(0, len(chunks), slots):
-        owner.fill_(unused)                                           # the row of copies that do not count
-        for slot, (row, (image, generator, _), valid) in enumerate(chunks[first:first + slots]):
+    for first in range(0, len(chunks), room):
+        owner.fill_(nobody)
+        for slot, (row, image, generator, wanted) in enumerate(chunks[first:first + room]):
             part = slice(slot * CHUNK, (slot + 1) * CHUNK)
-            sure = noise(image, generator, copies[part])
-            owner[part] = torch.where((place < valid) & sure, row, unused)
-        logits = torch.cat([classifier(piece) for piece in copies.split(batch)])          # slots*CHUNK classes
+            may_count = noise(image, generator, out=copies[part])
+            owner[part] = torch.where((place < wanted) & may_count, row, nobody)
+        logits = torch.cat([classifier(piece) for piece in copies.split(batch)])     # B classes
+        classes = logits.shape[1]
         if counts is None:
-            counts = torch.zeros((unused + 1) * logits.shape[1], dtype=torch.int64, device=x.device)
-        counts.scatter_add_(0, owner * logits.shape[1] + logits.argmax(dim=1), torch.ones_like(owner))
-    return counts.view(unused + 1, -1)[:-1].cpu()
+            counts = torch.zeros((nobody + 1) * classes, dtype=torch.int64, device=x.device)
+        cell = owner * classes + logits.argmax(dim=1)
+        counts.scatter_add_(0, cell, torch.ones_like(cell))
+    return counts.view(nobody + 1, classes)[:nobody].cpu()
 
 
 class Trial:
     """One image on its way to a certificate."""
 
     def __init__(self, index, x, seed):
-        self.index, self.x, self.seconds = index, x, 0.0
-        self.streams = [generator_for(seed, index, phase, x.device) for phase in (0, 1)]
-        self.top, self.k, self.n, self.bound, self.done = None, 0, 0, 0.0, False
+        self.index = index
+        self.x = x                                                     # C H W
+        self.select, self.estimate = (generator_for(seed, index, phase, x.device) for phase in (0, 1))
+        self.top = None                                                # the class that is certified
+        self.k = 0                                                     # how often it won
+        self.n = 0                                                     # in so many draws
+        self.bound = 0.0                                               # lower bound of P[f = top]
+        self.done = False
+        self.seconds = 0.0
 
     def request(self, n0, rule):
+        """What count_classes is to draw next."""
         if self.top is None:
-            return self.x, self.streams[0], n0
-        return self.x, self.streams[1], rule.next_look(self.n) - self.n
+            return self.x, self.select, n0
+        return self.x, self.estimate, rule.next_look(self.n) - self.n
 
     def absorb(self, counts, rule):
+        """Go on with the counts (classes,) of that request."""
         if self.top is None:
-            self.top = int(counts.numpy().argmax())                   # the first of the most frequent
+            self.top = int(counts.numpy().argmax())                    # of equals the first
             return
-        self.k, self.n = self.k + int(counts[self.top]), rule.next_look(self.n)
+        self.k += int(counts[self.top])
+        self.n = rule.next_look(self.n)
         self.bound, self.done = rule.decide(self.k, self.n, self.bound)
 
     def certificate(self, sigma):
-        """(prediction, radius): abstains unless P[f = c_A] > 1/2 is certain."""
-        radius = round_down(certified_radius(self.bound, sigma)) if self.bound > 0.5 else 0.0
-        return (self.top, radius) if self.bound > 0.5 else (ABSTAIN, 0.0)
+        """(prediction, radius): abstains unless P[f = top] > 1/2 is certain."""
+        if self.bound <= 0.5:
+            return ABSTAIN, 0.0
+        return self.top, round_down(certified_radius(self.bound, sigma))
 
 
 def certify_all(classifier, images, noise, n0, rule, seed=0, batch=CHUNK):
-    """CERTIFY (Cohen 2019, section 3.2.2) for many images (index, x) at once; yields each Trial when it is done.
+    """CERTIFY for many images (index, x) at once, with certify()'s counts; yields each Trial when it is done.
 
-    n0 copies choose a class c_A; fresh ones count how often it wins; `rule` says how many, and bounds its probability.
+    `rule` says how many copies are drawn, and bounds the probability.
     """
-    images, pool = iter(images), []
-    room = max(1, 4 * batch // CHUNK) if isinstance(rule, Sequential) else max(1, batch // CHUNK)
+    images = iter(images)
+    room = max(1, batch // CHUNK)
+    if isinstance(rule, Sequential):
+        room = max(1, 4 * batch // CHUNK)                              # some stop while others go on
+    pool = []
     while True:
-        pool += [Trial(index, noise.admit(x), seed) for index, x in itertools.islice(images, room - len(pool))]
+        for index, x in itertools.islice(images, room - len(pool)):
+            pool.append(Trial(index, noise.admit(x), seed))
         if not pool:
             return
-        start, requests = time.time(), [trial.request(n0, rule) for trial in pool]
+        start = time.time()
+        requests = [trial.request(n0, rule) for trial in pool]
         counts = count_classes(classifier, requests, noise, batch)
+        taken = (time.time() - start) / sum(copies for _, _, copies in requests)
         for trial, (_, _, copies), row in zip(pool, requests, counts, strict=True):
-            trial.seconds += (time.time() - start) * copies / sum(request[2] for request in requests)
+            trial.seconds += taken * copies
             trial.absorb(row, rule)
-        yield from (trial for trial in pool if trial.done)
+        yield from [trial for trial in pool if trial.done]
         pool = [trial for trial in pool if not trial.done]
 
 
-def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
-    """(prediction, radius) for one image x (C, H, W) in [0, 1], on x's device; (-1, 0.0) is an abstention.
-
-    classifier: any callable from (B, C, H, W) to logits (B, classes). With probability at least 1 - alpha over the noise
-    (its stream is that of seed and index), g answers `prediction` wherever |d|_2 < radius. Put it into eval mode before.
-    Give every image an `index` of its own: images that share one share their noise.
-    """
-    (trial,) = certify_all(classifier, [(index, x)], GaussianNoise(sigma), n0, FixedN(n, alpha), seed, batch)
-    return trial.certificate(sigma)
-
-
-def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK, noise=None):
-    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1 unless a two-sided binomial test tells the top two counts apart."""
-    request = x, generator_for(seed, index, 2, x.device), n
-    counts = count_classes(classifier, [request], noise or GaussianNoise(sigma), batch)[0]
-    order = counts.numpy().argsort(kind="stable")[::-1]
-    first, second = (int(counts[c]) for c in order[:2])
-    return int(order[0]) if binomtest(first, first + second, 0.5).pvalue <= alpha else ABSTAIN
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Reports
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 PUBLISHED = {                       # certified accuracy in %, best over sigma, at each radius: the paper's tables 1 and 3
     "imagenet": ((0.5, 1.0, 1.5, 2.0, 3.0), {
@@ -352,25 +598,30 @@ PUBLISHED = {                       # certified accuracy in %, best over sigma, 
         "DMAE ViT-B": (79.2, 64.6, 47.3, 36.1),
         "DMAE ViT-B, continued": (80.8, 67.1, 49.7, 37.7)}),
 }
-COLUMNS = ["idx", "label", "predict", "radius", "correct", "time", "count", "n", "sigma", "alpha"]     # the first six: Cohen's
+COLUMNS = ["idx", "label", "predict", "radius", "correct", "time",     # Cohen's
+           "count", "n", "sigma", "alpha"]                             # ours
 
 
 def read_rows(path):
     """The complete rows of a TSV, ours or in Cohen's format, as dicts."""
+    kinds = dict(idx=int, label=int, predict=int, correct=int, count=int, n=int, time=str)
+    rows = []
     try:
-        lines = Path(path).read_text().split("\n")[:-1]               # what follows the last newline is a torn row
+        lines = Path(path).read_text().split("\n")[:-1]                # what follows the last newline is a torn row
         header = lines[0].split("\t")
-        require(header[:5] == COLUMNS[:5], f"{path} is not a certification log")
-        kinds = dict(idx=int, label=int, predict=int, correct=int, count=int, n=int, time=str)
-        rows = [{key: kinds.get(key, float)(value) for key, value in zip(header, line.split("\t"), strict=True)}
-                for line in lines[1:]]
+        require(header[:5] == COLUMNS[:5], "its columns are others")
+        for line in lines[1:]:
+            cells = zip(header, line.split("\t"), strict=True)
+            rows.append({key: kinds.get(key, float)(value) for key, value in cells})
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, IndexError) as error:
-        raise UsageError(f"{path} is not a certification log: {error}") from None
-    named = re.findall(r"(?:sigma|noise)_?(\d+(?:\.\d+)?)", str(path))
-    require("sigma" in header or named, f"{path} does not say its sigma: put it into its path, as in sigma_0.25")
-    return [{"sigma": float(named[-1]) if named else None, "alpha": 0.001} | row for row in rows]
+        raise ValueError(f"{path} is not a certification log: {error}") from None
+    if "sigma" not in header:
+        named = re.findall(r"(?:sigma|noise)_?(\d+(?:\.\d+)?)", str(path))
+        require(named, f"{path} does not say its sigma: put it into its path, as in sigma_0.25")
+        rows = [dict(row, sigma=float(named[-1]), alpha=0.001) for row in rows]
+    return rows
 
 
 def excess(m, alpha, rho=0.001):
@@ -381,16 +632,23 @@ def excess(m, alpha, rho=0.001):
     return int(binom.ppf(1 - rho, m, alpha))
 
 
+def seconds_of(time):
+    """Of Cohen's "h:mm:ss.ffffff", "1 day, h:mm:ss", or seconds."""
+    units = (1, 60, 3600, 86400)
+    return sum(float(part) * unit for part, unit in zip(re.findall(r"[\d.]+", time)[::-1], units, strict=False))
+
+
 class Summary:
     """The table's numbers for certificates that share a sigma."""
 
     def __init__(self, rows):
-        self.m, self.alpha, self.sigma = len(rows), max(row["alpha"] for row in rows), rows[0]["sigma"]
+        self.m = len(rows)
+        self.alpha = max(row["alpha"] for row in rows)
+        self.sigma = rows[0]["sigma"]
         self.radii = np.sort([row["radius"] for row in rows if row["correct"]])
-        self.acr = self.radii.sum() / self.m                          # average certified radius; wrong ones count 0
+        self.acr = self.radii.sum() / self.m                           # average certified radius; wrong ones count 0
         self.abstained = sum(row["predict"] == ABSTAIN for row in rows) / self.m
-        times = [[float(part) for part in re.findall(r"[\d.]+", row["time"])] for row in rows]       # d, h:mm:ss or seconds
-        self.seconds = float(np.mean([np.dot(time, [86400, 3600, 60, 1][-len(time):]) for time in times]))
+        self.seconds = float(np.mean([seconds_of(row["time"]) for row in rows]))
         self.draws = sum(row.get("n", 0) for row in rows)
 
     def right(self, r):
@@ -410,48 +668,61 @@ def summarise(files):
     rows = {}
     for path in files:
         for row in read_rows(path):
-            key = row["sigma"], row["idx"]
-            same = rows.setdefault(key, row)
+            same = rows.setdefault((row["sigma"], row["idx"]), row)
             require(all(same[column] == row[column] for column in COLUMNS[:5]),
                     f"{path} contradicts another file on image {row['idx']} at sigma {row['sigma']:g}")
-    groups = [list(group) for _, group in itertools.groupby(sorted(rows.values(), key=lambda row: row["sigma"]),
-                                                           key=lambda row: row["sigma"])]
-    require(groups, "there are no rows to report")
-    return [Summary(group) for group in groups]
+    require(rows, "there are no rows to report")
+    by_sigma = {}
+    for (sigma, _), row in sorted(rows.items()):
+        by_sigma.setdefault(sigma, []).append(row)
+    return [Summary(group) for group in by_sigma.values()]
 
 
 def table(summaries, radii, kind="text"):
-    """Certified accuracy in % at each radius, for each sigma and the best over them."""
+    """Certified accuracy in % at each radius, for each sigma and the best over them, as text, markdown or csv."""
+
+    def percent(shares):
+        return [f"{100 * share:.1f}" for share in shares]
+
     lines = [["sigma", "images", *(f"r={r:g}" for r in radii), "ACR", "abstain", "s/image"]]
     for one in summaries:
-        lines.append([f"{one.sigma:g}", f"{one.m}", *(f"{100 * one.accuracy(r):.1f}" for r in radii), f"{one.acr:.3f}",
-                      f"{100 * one.abstained:.1f}%", f"{one.seconds:.2f}"])
+        accuracy = percent(one.accuracy(r) for r in radii)
+        abstained = f"{100 * one.abstained:.1f}%"
+        lines.append([f"{one.sigma:g}", f"{one.m}", *accuracy, f"{one.acr:.3f}", abstained, f"{one.seconds:.2f}"])
     if len(summaries) > 1:
-        lines.append(["best", "", *(f"{100 * max(one.accuracy(r) for one in summaries):.1f}" for r in radii), "", "", ""])
+        best = percent(max(one.accuracy(r) for one in summaries) for r in radii)
+        lines.append(["best", "", *best, "", "", ""])
     for one in summaries:
-        lines.append([f"{one.sigma:g}", "proven*", *(f"{100 * one.guaranteed(r):.1f}" for r in radii), "", "", ""])
+        proven = percent(one.guaranteed(r) for r in radii)
+        lines.append([f"{one.sigma:g}", "proven*", *proven, "", "", ""])
     if kind == "csv":
         return "\n".join(",".join(line) for line in lines)
+
+    note = "* certified accuracy in % less what the certificates' own errors may add, at 99.9 % confidence"
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    edge, bar = ("| ", " | ") if kind == "markdown" else ("", "  ")
-    lines = [edge + bar.join(map(str.rjust, line, widths)) + edge[::-1] for line in lines]
+    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     if kind == "markdown":
-        lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    return "\n".join(lines) + ("\n\n" if kind == "markdown" else "\n") + \
-        "* certified accuracy in % less what the certificates' own errors may add, at 99.9 % confidence"
+        rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+        rows = [f"| {' | '.join(line)} |" for line in padded]
+        return "\n".join([rows[0], rule, *rows[1:], "", note])
+    return "\n".join([*("  ".join(line) for line in padded), note])
 
 
 def plot(path, summaries, published=None):
     """Certified accuracy over the radius, with its lower bound; with the paper's baselines as marks."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4))
     axis = figure.subplots()
     kinds = figure.canvas.get_supported_filetypes()
     require(Path(path).suffix[1:] in kinds, f"cannot draw {path}: its name must end in one of {', '.join(kinds)}")
-    for one, colour in zip(summaries, itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"))):
+    colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"))
+    for one, colour in zip(summaries, colours, strict=False):
         r = np.linspace(0, max(0.1, *one.radii * 1.02) if len(one.radii) else 0.1, 500)
-        axis.plot(r, [100 * one.accuracy(x) for x in r], color=colour, label=f"$\\sigma$ = {one.sigma:g}")
-        axis.fill_between(r, [100 * one.guaranteed(x) for x in r], [100 * one.accuracy(x) for x in r], color=colour, alpha=0.2,
-                          linewidth=0)
+        accuracy = [100 * one.accuracy(x) for x in r]
+        guaranteed = [100 * one.guaranteed(x) for x in r]
+        axis.plot(r, accuracy, color=colour, label=f"$\\sigma$ = {one.sigma:g}")
+        axis.fill_between(r, guaranteed, accuracy, color=colour, alpha=0.2, linewidth=0)
     if published:
         radii, methods = PUBLISHED[published]
         for (name, values), mark in zip(methods.items(), "os^vDX*Ph", strict=True):
@@ -460,270 +731,538 @@ def plot(path, summaries, published=None):
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
     if published:
-        axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))                # a long list: beside the curves
+        axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))   # a long list: beside the curves
     else:
         axis.legend(fontsize=9)
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
-RECIPES = {                         # by the recipe that the checkpoint was made with; any classifier: "other"
-    "digits": dict(n=10_000, skip=3, radii=(0.0, 0.25, 0.5, 0.75)),
-    "cifar10": dict(n=100_000, skip=20, radii=(0.0, 0.25, 0.5, 0.75, 1.0)),               # Cohen: every 20th image
-    "cifar10-transfer": dict(n=100_000, skip=1, radii=(0.0, 0.25, 0.5, 0.75, 1.0)),       # the paper: all of them
-    **dict.fromkeys(("imagenet-base", "imagenet-large", "imagenet-huge"),
-                    dict(n=10_000, skip=50, radii=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0))),       # the paper: every 50th
-    "other": dict(n=100_000, skip=1, radii=(0.0, 0.25, 0.5, 0.75, 1.0)),
-}
-SHAPES = {"digits": (8, 1), "cifar10": (32, 3), "folder": (224, 3)}                       # for --classifier
-FREE = {"data_path", "out", "checkpoint", "classifier", "resume", "overwrite", "plot", "published", "format"}
+def report(args):
+    summaries = summarise(args.report)
+    if args.plot:
+        plot(args.plot, summaries, args.published)
+    print(table(summaries, args.radii, args.format))
 
 
-def parse(argv):
-    """(arguments, checkpoints). Data set and recipe come from the checkpoint."""
-    first = Parser(add_help=False)
-    first.add_argument("--sigma", type=number(float, above=0))
-    for name in ("--recipe", "--out", "--classifier"):
-        first.add_argument(name)
-    first.add_argument("--checkpoint", nargs="+")
-    early = first.parse_known_args(argv)[0]
-    choose("recipe", early.recipe or "digits", RECIPES)
-    other = {"-h", "--help", "--report"} & {*argv} or early.classifier or early.sigma is None
-    out = early.out or f"runs/{early.recipe or 'digits'}"
-    files = [] if other else early.checkpoint or [f"{out}/finetune_sigma_{early.sigma:g}.pt"]
-    checkpoints = [read_checkpoint(file, "finetune") for file in files]
-    made_with = checkpoints[0]["settings"] if checkpoints else {}
-    recipe = early.recipe or made_with.get("recipe", "other" if early.classifier else "digits")
-    inherited = checkpoints[0]["data"] if checkpoints else {}
-    defaults = {key: inherited[key] for key in ("dataset", "data_path", "image_size") if key in inherited}
-
-    parser = Parser(__doc__, dict(dataset="digits") | RECIPES.get(recipe, RECIPES["other"]) | defaults | dict(
-        recipe=recipe, checkpoint=files, out=early.out or f"runs/{Path(early.classifier.split(':')[0]).stem}"
-        if early.classifier and not early.out and not early.recipe else out))
-    positive, chance = number(int, least=1), number(float, above=0, below=1)
-    parser.flag("--sigma", number(float, above=0), "standard deviation of the noise, pixels in [0, 1]")
-    parser.flag("--checkpoint", str, "fine-tuned classifier; the logits of several are averaged", nargs="+")
-    parser.flag("--classifier", str, "FILE.py:NAME, a callable from (B, C, H, W) in [0, 1] to logits, instead of a checkpoint")
-    parser.flag("--recipe", str, ", ".join(RECIPES))
-    parser.flag("--dataset", str, "digits, cifar10 or folder")
-    parser.flag("--data-path", str, "where the data set lies")
-    parser.flag("--image-size", positive, "side of the images, pixels")
-    parser.flag("--n0", positive, "noisy copies that select the class", default=100)
-    parser.flag("--n", positive, "noisy copies that estimate its probability; at most, if --sequential")
-    parser.flag("--alpha", chance, "chance that an image's certificate is wrong", default=0.001)
-    parser.flag("--seed", number(int, least=0), "of the noise", default=0)
-    parser.flag("--skip", positive, "certify every SKIP-th test image")
-    parser.flag("--max", positive, "certify at most so many")
-    parser.flag("--shard", str, "I/K: certify the I-th of K parts (from 0), for job arrays; --report merges them")
-    parser.flag("--radii", number(float, least=0), "radii of the table, and that --sequential settles", nargs="+")
-    parser.flag("--sequential", bool, "stop drawing once the radii of the table are settled", default=False)
-    parser.flag("--boundary-tolerance", number(float, least=0), "let --sequential stop this near a radius", default=0.0)
-    parser.flag("--sound", bool, "integer noise: sound in floating point; needs images on their grid", default=False)
-    parser.flag("--any-sigma", bool, "allow another sigma than the classifier was fine-tuned with", default=False)
-    parser.flag("--images", str, "certify these pictures and print the outcome", nargs="+")
-    parser.flag("--report", str, "print the table of these TSVs, ours or others'", nargs="+")
-    parser.flag("--format", str, "of the report", choices=("text", "markdown", "csv"), default="text")
-    parser.flag("--plot", str, "draw the report's curves into this file")
-    parser.flag("--published", str, "mark published results in the plot", choices=tuple(PUBLISHED))
-    parser.flag("--batch", positive, "copies in a pass, a multiple or a divisor of 100 (None: 400; large images, CPU: 100)")
-    run_flags(parser)
-    args = parser.parse_args(argv)
-    if args.report:
-        return args, []
-    require(args.sigma, "--sigma is needed")
-    require(not args.plot, "--plot needs --report")
-    require(not (args.classifier and early.checkpoint), "either --checkpoint or --classifier")
-    for key, value in defaults.items():
-        require(key == "data_path" or getattr(args, key) == value, f"--{key.replace('_', '-')} {getattr(args, key)} "
-                f"contradicts {files[0]}, which was made with {value}")
-    for file, checkpoint in zip(files, checkpoints, strict=True):
-        require({"dataset", "image_size", "channels", "classes"} <= checkpoint["data"].keys(), f"{file} names no data set")
-        tuned = checkpoint.get("sigma")
-        require(args.any_sigma or tuned == args.sigma, f"{file} was fine-tuned for sigma {tuned}, not {args.sigma:g}: "
-                "certify at that, or say --any-sigma")
-        other = [key for key in ("dataset", "image_size", "channels", "classes")
-                 if checkpoint["data"].get(key) != inherited.get(key)]
-        require(not other, f"{file} and {files[0]} differ in {', '.join(other)}")
-    last_alpha = args.alpha / 2 if args.sequential else args.alpha
-    most = certified_radius(lower_confidence_bound(args.n, args.n, last_alpha), args.sigma)
-    require(most > 0, f"n = {args.n} copies can only abstain at alpha = {args.alpha:g}: "
-            f"--n {math.floor(-math.log2(last_alpha)) + 1} or more")                          # alpha^(1/n) > 1/2
-    reachable = [r for r in args.radii if r < most]
-    if args.sequential and len(reachable) < len(args.radii):
-        print(f"radii above {most:.3f} cannot be reached with n = {args.n}: left out", file=sys.stderr)
-        args.radii = reachable
-    args.shard = args.shard or "0/1"
-    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    require(shard and int(shard[1]) < int(shard[2]), f"--shard must be I/K with I from 0 to K - 1, not {args.shard}")
-    require(not args.batch or args.batch % CHUNK == 0 or CHUNK % args.batch == 0,
-            f"--batch must be a multiple or a divisor of {CHUNK}, not {args.batch}")
-    return args, checkpoints
+# ----------------------------------------------------------------------------------------------------------
+# The base classifier
+# ----------------------------------------------------------------------------------------------------------
 
 
-def open_classifier(args, checkpoints, device, world):
+def open_classifier(args, checkpoints, device):
     """The base classifier f that the arguments name: (B, C, H, W) in [0, 1] -> logits (B, classes), in eval mode."""
     if args.classifier:
-        file, _, name = args.classifier.partition(":")
-        require(Path(file).is_file(), f"there is no {file} (--classifier FILE.py:NAME)")
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        require(callable(getattr(module, name, None)), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-        models = [getattr(module, name)]
+        models = [load_callable(args.classifier)]
     else:
-        models = [model.to(device).eval() for model in map(rebuild, checkpoints, args.checkpoint)]
+        models = [rebuild(*pair).to(device).eval() for pair in zip(checkpoints, args.checkpoint, strict=True)]
         if args.compile:
             for model in models:
                 model.compile()
-    args.dtype = pick_dtype(args.dtype, models[0], device, world)
 
     def classifier(x):
-        if INTERRUPT:
-            raise SystemExit(128 + INTERRUPT[0])
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
             return sum(model(x) for model in models)
 
     return classifier
 
 
+def load_callable(place):
+    """What FILE.py:NAME names."""
+    file, _, name = place.partition(":")
+    require(Path(file).is_file(), f"there is no {file} (--classifier FILE.py:NAME)")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    require(callable(getattr(module, name, None)), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
+    return getattr(module, name)
+
+
 def rebuild(checkpoint, file):
+    """The network of a checkpoint of finetune.py."""
+    from model import VisionTransformer, load_weights
+
     try:
         model = VisionTransformer(**checkpoint["config"])
-    except (TypeError, ValueError, KeyError, RuntimeError, UsageError) as error:
-        raise UsageError(f"{file} describes no model ({str(error).splitlines()[0]})") from None
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{file} describes no model ({str(error).splitlines()[0]})") from None
     load_weights(model, checkpoint["model"], file)
     return model
 
 
-def certify_pictures(args, classifier, classes, size, channels, rule, noise, device):
+# ----------------------------------------------------------------------------------------------------------
+# Certification of a data set, and of pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+def shard_of(args):
+    """(I, K) of --shard I/K."""
+    part, parts = map(int, args.shard.split("/"))
+    return part, parts
+
+
+def run_stem(args):
+    """Where the run's files lie, without their endings."""
+    part, parts = shard_of(args)
+    return f"{args.out}/certify_sigma_{args.sigma:g}" + (f"_shard_{part}_of_{parts}" if parts > 1 else "")
+
+
+def merge_parts(parts):
+    """{idx: row} of the part files, whatever number of processes wrote them; torn last lines are left out."""
+    rows = {}
+    for part in parts:
+        for line in part.read_text().split("\n")[:-1]:
+            if line.count("\t") == len(COLUMNS) - 1:
+                rows[int(line.split("\t")[0])] = line
+    return rows
+
+
+def gather_parts(result, first):
+    """What earlier processes left, {idx: row}; rank 0 puts it into the part `first`, and all go on from there."""
+    if is_rank_zero():
+        parts = sorted(result.parent.glob(f"{result.name}.part*"))
+        lines = [f"{row}\n" for row in merge_parts(parts).values()]
+        write_atomically(first, lambda path: path.write_text("".join(lines)))
+        for part in parts:
+            if part != first:
+                part.unlink()
+    gather([0])
+    finished = merge_parts([first])
+    gather([0])                                                        # all have read it before rank 0 adds to it
+    return finished
+
+
+def format_row(trial, label, args):
+    """The TSV's row of a finished trial."""
+    prediction, radius = trial.certificate(args.sigma)
+    taken = timedelta(seconds=trial.seconds)
+    row = [trial.index, label, prediction, f"{radius:.6f}", int(prediction == label), taken]
+    return "\t".join(map(str, [*row, trial.k, trial.n, args.sigma, args.alpha])) + "\n"
+
+
+class Progress:
+    """What the terminal shows while images are certified."""
+
+    def __init__(self, images, args):
+        from tqdm import tqdm
+
+        self.images = images
+        self.bar = tqdm(total=images, desc="certify", disable=None if is_rank_zero() else True)
+        self.shown = [r for r in args.radii if r > 0][:2] or [0.0]
+        self.right = [0] * len(self.shown)
+        self.n0 = args.n0
+        self.done = self.drawn = 0
+        self.start = time.time()
+
+    def add(self, trial, correct, radius):
+        self.done += 1
+        self.drawn += trial.n + self.n0
+        for i, r in enumerate(self.shown):
+            self.right[i] += correct and radius >= r
+        seconds = time.time() - self.start
+        accuracy = [f"r={r:g}: {right / self.done:.1%}" for r, right in zip(self.shown, self.right, strict=True)]
+        status = "  ".join([*accuracy, f"{self.drawn / seconds:,.0f} draws/s"])
+        self.bar.update()
+        self.bar.set_postfix_str(status)
+        if self.bar.disable and (self.done % max(1, self.images // 10) == 0 or self.done == self.images):
+            left = seconds / self.done * (self.images - self.done)
+            say(f"{self.done}/{self.images} images  {status}  {left:.0f} s left")
+
+
+def finish(result, args):
+    """All parts are there: one file, sorted; its table and its curve."""
+    parts = sorted(result.parent.glob(f"{result.name}.part*"))
+    rows = merge_parts(parts)
+    lines = ["\t".join(COLUMNS), *(rows[i] for i in sorted(rows))]
+    write_atomically(result, lambda path: path.write_text("\n".join(lines) + "\n"))
+    for part in parts:
+        part.unlink()
+    summaries = summarise([result])
+    plot(result.with_name(result.name.removesuffix(".tsv") + ".png"), summaries)
+    one = summaries[0]
+    clean = binomtest(one.right(0), one.m).proportion_ci(method="wilson")
+    print(table(summaries, args.radii))
+    print(f"clean accuracy of g {one.accuracy(0):.1%} (Wilson interval, 95 %: {clean.low:.1%} to {clean.high:.1%})")
+    if args.sequential:
+        print(f"{one.draws:,} draws, {one.draws / (one.m * args.n):.1%} of n = {args.n:,} an image")
+
+
+def certify_pictures(args, classifier, classes, rule, noise, device):
     """Certify --images one by one, and print what comes out."""
+    size = args.image_size
     try:
-        pictures = [open_picture(file, channels) for file in args.images]
-    except UsageError as error:
-        raise UsageError(str(error)) from None                        # status 2: nothing was done yet
+        pictures = [read_picture(file, args.channels) for file in args.images]
+    except RunError as error:
+        raise ValueError(str(error)) from None                         # nothing was done yet
     for index, (file, picture) in enumerate(zip(args.images, pictures, strict=True)):
-        if picture.size != (size, size):
+        if picture.shape[1:] != (size, size):
             print(f"{file}: resized and cropped to {size} x {size}, the radius is in pixels of that")
         x = fit(picture, size).to(device) / 255
         (trial,) = certify_all(classifier, [(index, x)], noise, args.n0, rule, args.seed, args.batch)
         guess, radius = trial.certificate(args.sigma)
-        voted = predict(classifier, x, args.sigma, args.n, args.alpha, args.seed, index, args.batch, noise)
-        name, vote = ("abstains" if c == ABSTAIN else classes[c] if classes else f"class {c}" for c in (guess, voted))
-        sure = "" if guess == ABSTAIN else f", certified within an l2 radius of {radius:.6f}"
-        print(f"{file}: {name}{sure} (without a radius: {vote})")
+        request = x, generator_for(args.seed, index, 2, device), args.n
+        vote = clear_winner(count_classes(classifier, [request], noise, args.batch)[0], args.alpha)
+        names = {ABSTAIN: "abstains"} | dict(enumerate(classes)) if classes else {ABSTAIN: "abstains"}
+        guess, vote = (names.get(c, f"class {c}") for c in (guess, vote))
+        sure = f", certified within an l2 radius of {radius:.6f}" if radius else ""
+        print(f"{file}: {guess}{sure} (without a radius: {vote})")
 
 
-def part_files(run):
-    return sorted(run.result.parent.glob(f"{run.result.name}.part*"))
+def certify_test_images(args, checkpoints, classifier, rule, rank, world, device):
+    """Certify every SKIP-th test image, or this job's shard of them, into OUT/certify_sigma_S.tsv."""
+    test = open_images(args.dataset, args.data_path, False, args.image_size, args.channels)
+    known = checkpoints[0]["data"]["classes"] if checkpoints else test.classes
+    require(known == test.classes, f"the checkpoint has other classes than {args.data_path}")
+    part, parts = shard_of(args)
+    chosen = list(range(0, len(test), args.skip))[:args.max][part::parts]
+    require(chosen, f"there is no image to certify in shard {args.shard}")
+    noise = GridNoise(args.sigma, test.levels, device) if args.sound else GaussianNoise(args.sigma)
+
+    file, _, function = (args.classifier or "").partition(":")
+    hashes = [sha256(path) for path in args.checkpoint or [file]]
+    settings = vars(args) | {"sha256": hashes, "function": function}
+    stem = run_stem(args)
+    result = Path(f"{stem}.tsv")
+    with run_directory(stem, settings, MAY_CHANGE, result, args.overwrite):
+        if result.exists():
+            say(f"{result} is done; --out elsewhere, or --overwrite to do it again")
+            say(table(summarise([result]), args.radii))
+            return
+        finished = gather_parts(result, Path(f"{result}.part0"))
+        if finished:
+            say(f"continuing after {len(finished)} of {len(chosen)} images")
+        start = time.time()
+        todo = [i for i in chosen if i not in finished][rank::world]
+        progress = Progress(len(todo), args)
+        images = ((i, test.read(i).to(device) / test.levels) for i in todo)
+        with open(f"{result}.part{rank}", "a") as rows:
+            for trial in certify_all(classifier, images, noise, args.n0, rule, args.seed, args.batch):
+                prediction, radius = trial.certificate(args.sigma)
+                label = int(test.labels[trial.index])                  # seen here first: prediction and radius are final
+                rows.write(format_row(trial, label, args))
+                rows.flush()
+                progress.add(trial, prediction == label, radius)
+        progress.bar.close()
+        gather([0])
+        if rank == 0:
+            finish(result, args)
+            print(f"wrote {result} and its picture in {time.time() - start:.0f} s")
 
 
-def merge_parts(run):
-    """{idx: row} of all part files of a run, whatever number of processes wrote them; torn last lines are left out."""
-    lines = [line for part in part_files(run) for line in part.read_text().split("\n")[:-1]]
-    return {int(line.split("\t")[0]): line for line in lines if line.count("\t") == len(COLUMNS) - 1}
-
-
-@command
-def main(argv):
-    args, checkpoints = parse(argv)
-    if args.report:
-        summaries = summarise(args.report)
-        if args.plot:
-            plot(args.plot, summaries, args.published)
-        return print(table(summaries, args.radii, args.format))
-    rank, world, device = start_processes(args.device, timeout=timedelta(days=30))        # ranks may finish hours apart
-    say = print if rank == 0 else lambda *_: None
+def certify_with(args, checkpoints):
+    """The stage: open f, choose how many copies are drawn, certify."""
+    rank, world, device = start_processes(args.device, timeout=timedelta(days=30))   # ranks may finish hours apart
     gpu = device.type == "cuda"
-    data = checkpoints[0]["data"] if checkpoints else {}
-    size, channels = choose("data set", args.dataset, SHAPES)
-    size, channels = data.get("image_size", args.image_size or size), data.get("channels", channels)
-    args.device, args.batch = device.type, args.batch or (4 * CHUNK if gpu or size <= 64 else CHUNK)
+    args.device = device.type
+    args.batch = args.batch or (4 * CHUNK if gpu or args.image_size <= 64 else CHUNK)
     args.compile = gpu if args.compile is None else args.compile
-    classifier = open_classifier(args, checkpoints, device, world)
-    if args.dtype == "bf16" and not gpu:
-        say("f runs in bf16, which --dtype fp32 would change")
+    args.dtype = pick_dtype(args.dtype, device, read_settings(f"{run_stem(args)}.json", args.overwrite))
+    classifier = open_classifier(args, checkpoints, device)
     if args.sequential:
         rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance)
     else:
         rule = FixedN(args.n, args.alpha)
     if args.images:
         noise = GridNoise(args.sigma, 255, device) if args.sound else GaussianNoise(args.sigma)
-        return certify_pictures(args, classifier, data.get("classes"), size, channels, rule, noise, device)
+        classes = checkpoints[0]["data"]["classes"] if checkpoints else None
+        certify_pictures(args, classifier, classes, rule, noise, device)
+    else:
+        certify_test_images(args, checkpoints, classifier, rule, rank, world, device)
 
-    # data: every skip-th test image, this job's shard of them
-    test = open_images(args.dataset, args.data_path, "test", size, channels)
-    require(data.get("classes", test.classes) == test.classes, f"the checkpoint has other classes than {args.data_path}")
-    part, parts = map(int, args.shard.split("/"))
-    chosen = list(range(0, len(test), args.skip))[:args.max][part::parts]
-    require(chosen, f"there is no image to certify in shard {args.shard}")
-    file, _, function = (args.classifier or "").partition(":")
-    settings = vars(args) | {"sha256": [sha256(path) for path in args.checkpoint or [file]], "function": function}
-    name = f"certify_sigma_{args.sigma:g}" + (f"_shard_{part}_of_{parts}" if parts > 1 else "")
-    run = Run(args.out, name, settings, FREE, rank, world, ".tsv", args.resume, args.overwrite)
-    if run.done:
-        for file in part_files(run) if rank == 0 else []:             # left by a run that was killed at its very end
-            file.unlink()
-        say(f"{run.result} is done; --out elsewhere, or --overwrite to do it again")
-        return say(table(summarise([run.result]), args.radii))
 
-    # what earlier processes left: rank 0 puts it into one part, all go on from there
-    if rank == 0:
-        rows, old = merge_parts(run), part_files(run)
-        write_atomically(run.file(".tsv.part0"), lambda path: path.write_text("".join(f"{row}\n" for row in rows.values())))
-        for file in old:
-            if file != run.file(".tsv.part0"):
-                file.unlink()
-    gather([0], world)
-    finished = merge_parts(run)
-    todo = [i for i in chosen if i not in finished][rank::world]
-    gather([0], world)
-    if finished:
-        say(f"continuing after {len(finished)} of {len(chosen)} images")
+def main(argv=None):
+    with one_line_errors():
+        args, checkpoints = parse(argv)
+        if "report" in args:
+            report(args)
+        else:
+            certify_with(args, checkpoints)
 
-    noise = GridNoise(args.sigma, test.levels, device) if args.sound else GaussianNoise(args.sigma)
-    images = ((i, test.read(i).to(device) / test.levels) for i in todo)
-    bar = tqdm(total=len(todo), desc="certify", disable=None if rank == 0 else True)
-    shown = [r for r in args.radii if r > 0][:2] or [0.0]
-    right, drawn, start = [0] * len(shown), 0, time.time()
-    with open(run.file(f".tsv.part{rank}"), "a") as file:
-        for done, trial in enumerate(certify_all(classifier, images, noise, args.n0, rule, args.seed, args.batch), 1):
-            prediction, radius = trial.certificate(args.sigma)
-            label = int(test.labels[trial.index])                     # seen here first: prediction and radius are final
-            correct = int(prediction == label)
-            taken = str(timedelta(seconds=trial.seconds))
-            row = [trial.index, label, prediction, f"{radius:.6f}", correct, taken, trial.k, trial.n, args.sigma, args.alpha]
-            file.write("\t".join(map(str, row)) + "\n")
-            file.flush()
-            right = [count + (correct and radius >= r) for count, r in zip(right, shown, strict=True)]
-            drawn += trial.n + args.n0
-            bar.update()
-            status = "  ".join(f"r={r:g}: {count / done:.1%}" for r, count in zip(shown, right, strict=True)) \
-                + f"  {drawn / (time.time() - start):,.0f} draws/s"
-            bar.set_postfix_str(status)
-            if bar.disable and (done % max(1, len(todo) // 10) == 0 or done == len(todo)):
-                left = (time.time() - start) / done * (len(todo) - done)
-                say(f"{done}/{len(todo)} images  {status}  {left:.0f} s left")
-    bar.close()
 
-    gather([0], world)
-    if rank == 0:
-        rows = merge_parts(run)
-        body = "\n".join(["\t".join(COLUMNS), *(rows[i] for i in sorted(rows))]) + "\n"
-        write_atomically(run.result, lambda path: path.write_text(body))
-        for file in part_files(run):
-            file.unlink()
-        summaries = summarise([run.result])
-        plot(run.file(".png"), summaries)
-        one = summaries[0]
-        clean = binomtest(round(one.accuracy(0) * one.m), one.m).proportion_ci(method="wilson")
-        say(table(summaries, args.radii))
-        say(f"clean accuracy of g {one.accuracy(0):.1%} (Wilson interval, 95 %: {clean.low:.1%} to {clean.high:.1%})")
-        if args.sequential:
-            say(f"{one.draws:,} draws, {one.draws / (one.m * args.n):.1%} of n = {args.n:,} an image")
-        say(f"wrote {run.result} and {run.file('.png').name} in {time.time() - start:.0f} s")
+# ==========================================================================================================
+# The same in pretrain.py, finetune.py and certify.py: errors, flags, processes, files, data sets
+# ==========================================================================================================
+
+DATASETS = ("digits", "cifar10", "folder")
+
+
+class RunError(Exception):
+    """What broke in the middle of a run, in one sentence."""
+
+
+def require(condition, sentence):
+    if not condition:
+        raise ValueError(sentence)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that broke."""
+    script = Path(__file__).name
+    try:
+        yield
+    except (ValueError, RunError, OSError) as error:
+        sentence = str(error).strip().splitlines()[-1]                 # a data worker's comes with its traceback
+        print(f"{script}: error: {sentence.split('RunError: ')[-1]}", file=sys.stderr, flush=True)
+        wrong_use = isinstance(error, ValueError | FileNotFoundError)
+        raise SystemExit(2 if wrong_use else 1) from None
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; the same command continues", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def new_parser(doc, defaults):
+    """An argparse parser that returns the flags that were given and no others: defaults come from the recipe."""
+    listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
+    parser = argparse.ArgumentParser(
+        description=doc,
+        epilog=textwrap.fill(f"default values, of --recipe digits: {listed}", width=100),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.suggest_on_error = True                                     # from Python 3.14 on
+    parser.error = functools.partial(require, False)                   # one line, without the list of all flags
+    return parser
+
+
+def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
+    """An argparse type: an int or a float x with above < x < below and least <= x, never nan or infinite."""
+
+    def number(text):                                                  # argparse calls a word an "invalid number"
+        value = kind(text)
+        if above < value < below and value >= least:
+            return value
+        limits = {"above": above, "at least": least, "below": below}
+        said = [f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < math.inf]
+        raise argparse.ArgumentTypeError(f"must be {' and '.join(said) or 'finite'}, not {text}")
+
+    return number
+
+
+def add_run_flags(parser):
+    """Where and how to run."""
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--out", help="run directory")
+    parser.add_argument("--overwrite", action=switch, help="delete this stage's earlier files in the run directory")
+    parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
+                        help="auto: bf16 autocast on GPUs that have it natively, else fp32")
+    parser.add_argument("--compile", action=switch, help="torch.compile; None: on GPUs")
+
+
+def is_rank_zero():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(*words):
+    """Print, once for all processes."""
+    if is_rank_zero():
+        print(*words, flush=True)
+
+
+def start_processes(device, timeout=None):
+    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    if device != "cpu":
+        there = torch.get_device_module(device).device_count()
+        require(local_rank < there, f"there is no {device} device for local process {local_rank}")
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if world > 1 and not dist.is_initialized():
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun --max-restarts: without a prefix a new life may find the addresses of the dead one.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank, store=store)
+        atexit.register(dist.destroy_process_group)
+    return rank, world, torch.device(device, local_rank if device == "cuda" else None)
+
+
+def gather(values):
+    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each other."""
+    own = torch.tensor(values, dtype=torch.float64)
+    if not dist.is_initialized():
+        return own[:, None]
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.stack(parts, dim=1)
+
+
+def pick_dtype(dtype, device, earlier):
+    """What "auto" stands for: the dtype that the run began with, else bf16 on GPUs that have it, else fp32."""
+    if dtype != "auto":
+        return dtype
+    if "dtype" in earlier:
+        return earlier["dtype"]
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                           # torch.save raises either
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+
+
+def read_settings(path, overwrite):
+    """The settings of an earlier run that goes on, or {}."""
+    if overwrite or not Path(path).exists():
+        return {}
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: use another --out, or --overwrite") from None
+
+
+@contextlib.contextmanager
+def run_directory(stem, settings, may_change, result, overwrite):
+    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to them.
+
+    A run that began with other settings (but for those that `may_change`) is refused. The file `result` says, by
+    being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    """
+    import filelock
+
+    folder, name = os.path.split(stem)
+    lock = filelock.FileLock(f"{folder}/.{name}.lock")
+    if is_rank_zero():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f"{stem} is in use by another process") from None
+        if overwrite:
+            endings = (".json", ".jsonl", ".last.pt", ".pt", ".tsv")
+            for file in [*(f"{stem}{end}" for end in endings), *glob.glob(f"{glob.escape(stem)}.tsv.part*")]:
+                Path(file).unlink(missing_ok=True)
+        settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
+        before = read_settings(f"{stem}.json", overwrite)
+        other = []
+        for key in sorted({*before, *settings} - {*may_change}):
+            if before and before.get(key) != settings.get(key):
+                other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
+        require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+        if not result.exists():
+            write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+    gather([0])
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclasses.dataclass(eq=False)
+class Images:
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the middle."""
+
+    labels: torch.Tensor                                               # M
+    classes: list                                                      # the classes' names
+    size: int                                                          # S, pixels
+    channels: int                                                      # C
+    levels: int                                                        # the value of white
+    pixels: torch.Tensor | None = None                                 # M C S S
+    files: list | None = None                                          # M
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        if self.pixels is not None:
+            return self.pixels[i]                                      # C S S
+        return fit(read_picture(self.files[i], self.channels), self.size)
+
+
+def open_images(dataset, data_path, train, size, channels):
+    """The training or the test images of a data set.
+
+    digits: scikit-learn's, 8 x 8, 0 to 16. The last 360, by other writers, are the test images.
+    cifar10: torchvision's, in data_path; downloaded if need be.
+    folder: a folder for each class in data_path/train and in data_path/val or /test.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        part = slice(None, -360) if train else slice(-360, None)
+        pixels = torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None]
+        labels = torch.as_tensor(digits.target[part]).long()
+        images = Images(labels, [str(name) for name in digits.target_names], 8, 1, 16, pixels=pixels)
+
+    elif dataset == "cifar10":
+        from torchvision.datasets import CIFAR10
+
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            CIFAR10(data_path, download=True)
+        gather([0])                                                    # the others wait for the files
+        part = CIFAR10(data_path, train=train)
+        pixels = torch.from_numpy(part.data).movedim(3, 1).contiguous()
+        images = Images(torch.tensor(part.targets), part.classes, 32, 3, 255, pixels=pixels)
+
+    else:
+        from torchvision.datasets import ImageFolder
+
+        require(data_path, "--dataset folder needs a --data-path")
+        there = [part for part in ("train", "val", "test") if Path(data_path, part).is_dir()]
+        require("train" in there, f"there is no folder {data_path}/train")
+        require(len(there) > 1, f"there is no folder {data_path}/val or {data_path}/test")
+        part = ImageFolder(Path(data_path, "train" if train else there[1]))
+        files = [file for file, _ in part.samples]
+        folders = {os.path.dirname(file) for file in files}
+        require(len({os.path.realpath(folder) for folder in folders}) == len(folders),
+                f"{data_path} reaches a folder twice (a link's loop?)")
+        images = Images(torch.tensor(part.targets), part.classes, size, channels, 255, files=files)
+
+    require((images.size, images.channels) == (size, channels),
+            f"{dataset} has images of {images.channels} x {images.size} x {images.size}, the model takes "
+            f"{channels} x {size} x {size}")
+    return images
+
+
+def read_picture(file, channels):
+    """A picture file, upright, as uint8 (channels, any, any): RGB or grey."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    try:
+        pixels = decode_image(file, mode, apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise RunError(f"cannot read the image {file}: {str(error).splitlines()[0]}") from None
+    if pixels.dtype != torch.uint8 or len(pixels) != channels:
+        raise RunError(f"cannot read the image {file}: it has {len(pixels)} channels of {pixels.dtype}")
+    return pixels
+
+
+def fit(picture, size):
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
+    from torchvision.transforms.v2 import functional as T
+
+    if picture.shape[1:] == (size, size):
+        return picture
+    picture = T.resize(picture, [round(size * 256 / 224)], T.InterpolationMode.BICUBIC)
+    return T.center_crop(picture, [size, size])
+
+
+# ==========================================================================================================
+# The end of what pretrain.py, finetune.py and certify.py share
+# ==========================================================================================================
 
 
 if __name__ == "__main__":

@@ -1,26 +1,38 @@
 """Stage 2: fine-tune the pre-trained encoder as the base classifier f of a smoothed classifier (DMAE, section 3.2).
 
-    python finetune.py --sigma 0.25                                     # digits, two CPU cores: half a minute
-    python finetune.py --sigma 0.5 --recipe cifar10                     # one GPU
+    python finetune.py --sigma 0.25                                 # digits, two CPU cores: half a minute
+    python finetune.py --sigma 0.5 --recipe cifar10                 # one GPU
     torchrun --nproc_per_node=8 finetune.py --sigma 0.25 --recipe imagenet-base --init dmae_base.pth
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 finetune.py --sigma ...
     python finetune.py --sigma 0.25 --linear-probe --init runs/digits/pretrain.pt --out runs/probe
     python finetune.py --sigma 0.25 --init scratch --out runs/scratch   # no pre-training, for comparison
-    python finetune.py --sigma 0.25 --export vit.pt                     # the finished classifier, for timm
+    python finetune.py --sigma 0.25 --export vit.pt                 # the finished classifier, for timm
 
-f learns to classify x + N(0, sigma^2 I). The decoder is dropped; data set, sizes, mean and std come from the pre-training
-checkpoint (RUN/pretrain.pt unless --init names one). The best model on held-out training images, by majority vote over
-noisy copies, becomes RUN/finetune_sigma_S.pt; the test images are looked at once, at the end. A rerun continues.
+f learns to classify x + N(0, sigma^2 I). The decoder is dropped; data set, sizes, mean and std come from the
+pre-training checkpoint (RUN/pretrain.pt unless --init names one). The best model on held-out training images, by
+majority vote over noisy copies, becomes RUN/finetune_sigma_S.pt; the test images are looked at once, at the end.
+Killed at any moment, the same command goes on from its last checkpoint and ends with the same bits.
+
+Axes:  B images   C channels   H W pixels   m noisy copies of each image
 """
 
+import argparse
+import atexit
 import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
 import json
 import math
 import os
 import re
+import sys
+import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -30,41 +42,35 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from model import (
-    INTERRUPT,
     NORMALISATION,
     SIZES,
-    Parser,
-    ResizedCrop,
-    Run,
-    UsageError,
     build_vit,
-    choose,
-    command,
-    cost,
     decays,
-    gather,
     learning_rate,
     load_encoder,
     load_weights,
-    number,
-    open_images,
-    pick_dtype,
     read_checkpoint,
-    require,
-    seed_of,
-    sha256,
-    share_batch,
-    shift_and_flip,
-    start_processes,
-    training_flags,
-    training_positions,
-    write_atomically,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Recipes
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
+DEFAULTS = dict(                           # what no recipe changes
+    linear_probe=False,
+    labels_per_class=None,                 # all of them
+    seed=0,
+    model_size=None,                       # the model sees images at their own resolution
+    device="auto",
+    dtype="auto",
+    compile=None,
+    deterministic=False,
+    recompute=False,
+    workers=8,                             # per process
+    overwrite=False,
+    export=None,
+    dry_run=False,
+)
 PAPER = dict(                              # section 4.2 and appendix: ImageNet, ViT-B
     dataset="folder",
     data_path="data/imagenet",             # with train/ and val/ class folders
@@ -146,7 +152,8 @@ RECIPES = {
         log_every=50,
         save_every=500,
     ),
-    "cifar10-transfer": dict(PAPER,        # paper, section 4.3: ViT-B from ImageNet, continued on CIFAR-10 or not
+    "cifar10-transfer": dict(              # paper, section 4.3: ViT-B from ImageNet, continued on CIFAR-10 or not
+        PAPER,
         dataset="cifar10",
         data_path="data",
         model="vit_base_patch16",
@@ -162,10 +169,24 @@ RECIPES = {
         batch=256,
     ),
     "imagenet-base": dict(PAPER, model="vit_base_patch16"),
-    "imagenet-large": dict(PAPER, model="vit_large_patch16", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2,
-                           consistency=0.0),
-    "imagenet-huge": dict(PAPER, model="vit_huge_patch14", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3,
-                          consistency=0.0),                                               # not in the paper
+    "imagenet-large": dict(
+        PAPER,
+        model="vit_large_patch16",
+        epochs=50,
+        base_lr=1e-3,
+        layer_decay=0.75,
+        drop_path=0.2,
+        consistency=0.0,
+    ),
+    "imagenet-huge": dict(                 # not in the paper's tables
+        PAPER,
+        model="vit_huge_patch14",
+        epochs=50,
+        base_lr=1e-3,
+        layer_decay=0.75,
+        drop_path=0.3,
+        consistency=0.0,
+    ),
 }
 PROBE = dict(                              # the linear probe, section 4.4 and appendix: what it changes in a recipe
     augment="resized-crop",
@@ -183,120 +204,182 @@ PROBE = dict(                              # the linear probe, section 4.4 and a
     weight_decay=0.0,
     drop_path=0.0,
 )
-PROBES = {
+PROBES = {                                 # of recipes other than ImageNet's
     "digits": dict(PROBE, augment="none", epochs=60, warmup_epochs=5, batch=128, base_lr=20.0),
     "cifar10": dict(PROBE, augment="shift-flip", epochs=50, batch=1024),
     "cifar10-transfer": dict(PROBE, augment="flip", epochs=50, batch=1024),
 }
-FREE = {"data_path", "out", "init", "device", "device_batch", "workers", "compile", "resume", "overwrite", "dry_run",
-        "recompute", "export"}             # may change when a run is continued
+INHERITED = ("dataset", "data_path", "image_size", "normalisation", "holdout", "model", "model_size")
+MAY_CHANGE = {                             # when a run is continued
+    "data_path", "out", "init", "device", "device_batch", "workers", "compile", "overwrite", "dry_run", "recompute",
+    "export",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
 
 
 def parse(argv):
-    """(arguments, pre-training checkpoint or None). A flag overrides the checkpoint's data, which overrides the recipe."""
-    first = Parser(add_help=False)
-    for name in ("--recipe", "--init", "--out"):
-        first.add_argument(name)
-    first.add_argument("--linear-probe", action="store_true")
-    early = first.parse_known_args(argv)[0]
-    choose("recipe", early.recipe or "digits", RECIPES)
-    init = early.init or f"{early.out or 'runs/' + (early.recipe or 'digits')}/pretrain.pt"
-    checkpoint, made_with = None, {}
-    if init != "scratch" and not {"-h", "--help"} & {*argv}:
-        require(early.init or Path(init).exists(), f"there is no {init}: run pretrain.py first, or give --init FILE or scratch")
-        checkpoint = read_checkpoint(init)
-        made_with = checkpoint.get("settings", {}) if checkpoint.get("kind") == "pretrain" else {}
-    recipe = early.recipe or made_with.get("recipe", "digits")
-    defaults = choose("recipe", recipe, RECIPES) | (PROBES.get(recipe, PROBE) if early.linear_probe else {})
-    inherited = {key: made_with[key] for key in ("dataset", "data_path", "image_size", "normalisation", "holdout", "model",
-                                                 "model_size") if recipe == made_with.get("recipe")}      # else: a transfer
+    """The settings: what the flags say, else what the pre-training checkpoint was made with, else the recipe."""
+    parser = new_parser(__doc__, DEFAULTS | RECIPES["digits"])
+    count = number(int, least=1)
+    at_least_0 = number(float, least=0)
+    share = number(float, least=0, below=1)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--recipe", choices=RECIPES, help="data, model and all hyperparameters")
+    parser.add_argument("--sigma", type=at_least_0, required=True, help="standard deviation of the noise, pixels in [0, 1]")
+    parser.add_argument("--init", help="pre-training checkpoint (ours, the published DMAE's, MAE's, timm's), or scratch")
+    parser.add_argument("--holdout", type=number(float, above=0), help="training images for model selection: share or number")
+    parser.add_argument("--labels-per-class", type=count, help="train on this many images of each class")
+    parser.add_argument("--augment", choices=("none", "shift", "flip", "shift-flip", "resized-crop", "rand-augment"))
+    parser.add_argument("--erasing", type=share, help="chance of erasing a rectangle of a picture")
+    parser.add_argument("--mixup", type=at_least_0, help="mixup's Beta parameter; 0: off")
+    parser.add_argument("--cutmix", type=at_least_0, help="cutmix's Beta parameter; 0: off")
+    parser.add_argument("--linear-probe", action=switch, help="a linear classifier on the frozen class token")
+    parser.add_argument("--label-smoothing", type=share, help="label smoothing")
+    parser.add_argument("--consistency", type=at_least_0, help="weight lambda of the consistency term; 0: off")
+    parser.add_argument("--consistency-eta", type=at_least_0, help="weight of its entropy; None: 0.5 for sigma < 1, else 0.1")
+    parser.add_argument("--drop-path", type=share, help="stochastic depth of the last block")
+    parser.add_argument("--min-lr", type=at_least_0, help="learning rate at the end")
+    parser.add_argument("--layer-decay", type=number(float, above=0), help="learning-rate factor from a layer to the one below")
+    parser.add_argument("--vote-every", type=count, help="epochs between majority votes, which select the model")
+    parser.add_argument("--export", help="write the finished classifier to this file, for timm, and end")
+    add_training_flags(parser)
+    add_run_flags(parser)
+    given = vars(parser.parse_args(argv))
 
-    parser = Parser(__doc__, defaults | inherited | dict(recipe=recipe, init=init, out=early.out or f"runs/{recipe}"))
-    positive, not_negative = number(int, least=1), number(float, least=0)
-    parser.add_argument("--sigma", type=not_negative, required=True, help="standard deviation of the noise, pixels in [0, 1]")
-    parser.flag("--init", str, "pre-training checkpoint (ours, the published DMAE's, MAE's, timm's), or scratch")
-    parser.flag("--holdout", number(float, above=0), "training images held out for model selection: share or number")
-    parser.flag("--labels-per-class", positive, "train on this many images of each class, chosen by the seed")
-    parser.flag("--augment", str, "augmentation",
-                choices=("none", "shift", "flip", "shift-flip", "resized-crop", "rand-augment"))
-    parser.flag("--erasing", number(float, least=0, below=1), "chance of erasing a rectangle of a picture")
-    parser.flag("--mixup", not_negative, "mixup's Beta parameter; 0: off")
-    parser.flag("--cutmix", not_negative, "cutmix's Beta parameter; 0: off")
-    parser.flag("--linear-probe", bool, "train a linear classifier on the frozen encoder's class token", default=False)
-    parser.flag("--label-smoothing", number(float, least=0, below=1), "label smoothing")
-    parser.flag("--consistency", not_negative, "weight lambda of the consistency term; 0: off")
-    parser.flag("--consistency-eta", not_negative, "weight of the entropy (None: 0.5 for sigma < 1, else 0.1)")
-    parser.flag("--drop-path", number(float, least=0, below=1), "stochastic depth of the last block")
-    parser.flag("--min-lr", not_negative, "learning rate at the end")
-    parser.flag("--layer-decay", number(float, above=0), "learning-rate factor from each layer to the one below")
-    parser.flag("--vote-every", positive, "epochs between majority votes over 100 noisy copies, which select the model")
-    parser.flag("--export", str, "write the finished classifier to this file, as timm's VisionTransformer wants it, and exit")
-    training_flags(parser, RECIPES)
-    args = parser.parse_args(argv)
-    choose("model", args.model, SIZES)
-    choose("normalisation", args.normalisation, NORMALISATION)
-    for key in inherited.keys() - {"data_path", "holdout"}:
-        require(getattr(args, key) == inherited[key], f"--{key.replace('_', '-')} {getattr(args, key)} contradicts {init}, "
-                f"which was made with {inherited[key]} (to transfer it to other data, name another --recipe)")
+    out = given.get("out", f"runs/{given.get('recipe', 'digits')}")
+    init = given.get("init", f"{out}/pretrain.pt")
+    made_with = {}
+    if init != "scratch":
+        require("init" in given or Path(init).exists(),
+                f"there is no {init}: run pretrain.py first, or give --init FILE or scratch")
+        checkpoint = read_checkpoint(init)
+        if checkpoint.get("kind") == "pretrain":
+            made_with = checkpoint.get("settings", {})
+    recipe = given.get("recipe", made_with.get("recipe", "digits"))
+    require(recipe in RECIPES, f"{init} was made with the recipe {recipe!r}, which is unknown: name a --recipe")
+    values = DEFAULTS | RECIPES[recipe]
+    if given.get("linear_probe"):
+        values |= PROBES.get(recipe, PROBE)
+    if made_with.get("recipe") == recipe:                              # else its weights move to other data
+        for key in made_with.keys() & {*INHERITED}:
+            values[key] = made_with[key]
+            require(key in ("data_path", "holdout") or given.get(key, made_with[key]) == made_with[key],
+                    f"--{key.replace('_', '-')} {given.get(key)} contradicts {init}, which was made with "
+                    f"{made_with[key]} (to transfer it to other data, name another --recipe)")
+    args = argparse.Namespace(**values | dict(recipe=recipe, init=init, out=given.get("out", f"runs/{recipe}")) | given)
     if args.consistency_eta is None:
         args.consistency_eta = 0.5 if args.sigma < 1 else 0.1
-    return args, checkpoint
+    return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
-def make_augment(kind, size, erasing, from_files):
+def make_augment(kind, images, erasing):
     """The augmentation called `kind`: of batches in memory, or (the last two) of single pictures from files."""
     if kind == "none":
         return None
+    from_files = images.files is not None
     require((kind in ("resized-crop", "rand-augment")) == from_files,
             f"--augment {kind} is for pictures of {'at most' if from_files else 'more than'} 64 pixels")
     if not from_files:
-        return shift_and_flip(size // 8 if "shift" in kind else 0, "flip" in kind)
-    if kind == "resized-crop":
-        return v2.Compose([ResizedCrop(size), v2.RandomHorizontalFlip(), v2.RandomErasing(erasing)])
-    return v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-                       v2.RandAugment(num_ops=2, magnitude=9), v2.PILToTensor(), v2.RandomErasing(erasing)])
+        return shift_and_flip(images.size // 8 if "shift" in kind else 0, "flip" in kind)
+    steps = [
+        v2.RandomResizedCrop(images.size, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+    ]
+    if kind == "rand-augment":
+        steps.append(v2.RandAugment(num_ops=2, magnitude=9))
+    return v2.Compose([*steps, v2.RandomErasing(erasing)])
 
 
 def make_mix(mixup, cutmix, classes):
     """(images, labels) -> (images, targets (B, classes)): mixup or cutmix at random, where their parameter is not 0."""
-    mixes = ([v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []) \
-        + ([v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else [])
-    return v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, F.one_hot(labels, classes).to(images))
+    mixes = []
+    if mixup:
+        mixes.append(v2.MixUp(alpha=mixup, num_classes=classes))
+    if cutmix:
+        mixes.append(v2.CutMix(alpha=cutmix, num_classes=classes))
+    if mixes:
+        return v2.RandomChoice(mixes)
+    return lambda images, labels: (images, F.one_hot(labels, classes).to(images))
 
 
-def few_labels(images, count, seed):
-    """`count` images of each class, chosen by the seed, again and again: an epoch stays as long as it was."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed_of(seed)))
-    chosen = torch.cat([order[images.labels[order] == label][:count] for label in range(len(images.classes))])
-    return images.subset(chosen.repeat(-(-len(images) // len(chosen)))[:len(images)])
+def few_labels(train, labels, classes, count, seed):
+    """`count` of the images `train` (m,) of each class, chosen by the seed, again and again until there are m."""
+    order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of(seed)))]
+    chosen = torch.cat([order[labels[order] == label][:count] for label in range(classes)])
+    return chosen.repeat(math.ceil(len(train) / len(chosen)))[:len(train)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def consistency_loss(logits, lam, eta):
     """Jeong & Shin 2020 (arXiv 2006.04062): lam * mean_i KL(F || F_i) + eta * H(F), averaged over images.
 
-    logits (m, B, classes) of m noisy copies of each image; F_i are their softmax outputs and F is the mean of the F_i.
+    logits (m, B, classes) of m noisy copies of each image; F_i are their softmax outputs and F is the mean of them.
     """
-    log_each = logits.log_softmax(dim=-1)                                                 # m B classes
-    log_mean = log_each.logsumexp(dim=0) - math.log(len(logits))                          # B classes
-    mean = log_mean.exp()
+    log_each = logits.log_softmax(dim=-1)                                            # m B classes
+    log_mean = log_each.logsumexp(dim=0) - math.log(len(logits))                     # B classes
+    mean = log_mean.exp()                                                            # B classes
     divergence = (mean * (log_mean - log_each)).sum(dim=-1).mean()
     entropy = -(mean * log_mean).sum(dim=-1).mean()
     return lam * divergence + eta * entropy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimizer
-# ---------------------------------------------------------------------------------------------------------------------
+def classification_loss(network, images, targets, args):
+    """Cross-entropy on m noisy copies of images (B, C, H, W) in [0, 1], and the consistency between them.
+
+    targets (B, classes) are shares of classes. The noise is drawn here, after everything else: mixup of noisy images
+    would scale it by sqrt(l^2 + (1 - l)^2).
+    """
+    copies = 2 if args.consistency else 1
+    images = repeat(images, "b c h w -> (m b) c h w", m=copies)
+    noisy = images + args.sigma * torch.randn_like(images)                           # mB C H W
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        logits = rearrange(network(noisy), "(m b) k -> m b k", m=copies)             # m B classes
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.repeat(copies, 1), label_smoothing=args.label_smoothing)
+    if args.consistency:
+        loss = loss + consistency_loss(logits.float(), args.consistency, args.consistency_eta)
+    return loss
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Model and optimizer
+# ----------------------------------------------------------------------------------------------------------
+
+
+def build_model(args, classes, device):
+    """The classifier with the pre-trained encoder, on the device; of a linear probe only the head is trained."""
+    torch.manual_seed(args.seed)
+    model = build_vit(
+        args.model,
+        classes,
+        image_size=args.model_size or args.image_size,
+        pool="cls" if args.linear_probe else "mean",
+        probe=args.linear_probe,
+        drop_path=args.drop_path,
+        **NORMALISATION[args.normalisation],
+    )
+    if args.init != "scratch":
+        missing, left_over = load_encoder(model, args.init)
+        parts = sorted({key.split(".")[0] for key in left_over})
+        say(f"{args.init} ({args.dataset}, {args.model}): starting anew {', '.join(missing) or 'nothing'}; "
+            f"leaving out {', '.join(parts) or 'nothing'}")
+    if args.linear_probe:
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    model.recompute_activations = args.recompute
+    return model.to(device)
 
 
 def layer_of(name, depth):
@@ -309,18 +392,21 @@ def layer_of(name, depth):
 
 def parameter_groups(model, weight_decay, layer_decay):
     """One group for every layer with and without weight decay; its lr_scale is layer_decay^(depth + 1 - layer)."""
-    groups, depth = {}, len(model.blocks)
+    groups = {}
+    depth = len(model.blocks)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            layer, decay = layer_of(name, depth), weight_decay * decays(name, parameter)
-            group = groups.setdefault((layer, decay > 0), dict(params=[], weight_decay=decay,
-                                                               lr_scale=layer_decay ** (depth + 1 - layer)))
-            group["params"].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        layer = layer_of(name, depth)
+        decay = weight_decay if decays(name, parameter) else 0.0
+        scale = layer_decay ** (depth + 1 - layer)
+        group = groups.setdefault((layer, decay > 0), dict(params=[], weight_decay=decay, lr_scale=scale))
+        group["params"].append(parameter)
     return list(groups.values())
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) of SGD with momentum, for the linear probe.
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) of SGD with momentum, for the probe.
 
     The gradient of a matrix w is scaled by trust * |w| / |gradient + weight_decay * w|; that of a 1-D parameter is not.
     """
@@ -335,47 +421,83 @@ class LARS(torch.optim.Optimizer):
                 update = w.grad + group["weight_decay"] * w
                 if w.ndim > 1:
                     size, change = w.norm(), update.norm()
-                    update = update * torch.where((size > 0) & (change > 0), group["trust"] * size / change, 1.0)
+                    usable = (size > 0) & (change > 0)
+                    update = update * torch.where(usable, group["trust"] * size / change, 1.0)
                 velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
                 velocity.mul_(group["momentum"]).add_(update)
                 w.sub_(group["lr"] * velocity)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def build_optimizer(model, args):
+    """AdamW, or LARS for the linear probe, at the peak learning rate base_lr * batch / 256."""
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
+    peak = args.base_lr * args.batch / 256
+    if args.linear_probe:
+        return LARS(groups, lr=peak)
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def evaluate(model, images, sigma, draws, batch, seed, rank, world, device, workers=0):
-    """(accuracy on clean images, under one noise draw, of the majority of `draws` noisy copies), each image counted once.
+def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, device, workers=0):
+    """Accuracies on images[index], each image counted once: (clean, noisy, vote).
 
-    The last is the certified accuracy at r = 0 but for the confidence; None if draws = 0. Blocks of images are dealt to
-    the ranks by stride, and their noise depends on (seed, block) alone.
+    clean: on the images as they are; noisy: under one noise draw; vote: of the majority of `draws` noisy copies, which
+    is the certified accuracy at r = 0 but for the confidence (None if draws = 0). Blocks of `batch` images are dealt
+    to the ranks by stride, and their noise depends on (seed, block) alone.
     """
     model.eval()
-    starts = range(rank * batch, len(images), world * batch)
-    blocks = [[(0, i) for i in range(start, min(start + batch, len(images)))] for start in starts]
+    starts = range(rank * batch, len(index), world * batch)
+    blocks = [[(0, i) for i in index[start:start + batch].tolist()] for start in starts]
     clean = noisy = voted = 0
-    for start, (pixels, labels) in zip(starts, images.load(blocks, device, workers), strict=True):
-        x = pixels / images.levels                                                        # B C H W in [0, 1]
+    for start, (pixels, labels) in zip(starts, load_batches(images, blocks, device, workers=workers), strict=True):
+        x = pixels / images.levels                                                   # B C H W in [0, 1]
         torch.manual_seed(seed_of(seed, start, 0))
         clean += (model(x).argmax(dim=1) == labels).sum()
         noisy += (model(x + sigma * torch.randn_like(x)).argmax(dim=1) == labels).sum()
         if draws:
-            votes = sum(F.one_hot(model(x + sigma * torch.randn_like(x)).argmax(dim=1), len(images.classes))
-                        for _ in range(draws))                                            # B classes
+            votes = 0
+            for _ in range(draws):
+                answers = model(x + sigma * torch.randn_like(x)).argmax(dim=1)       # B
+                votes = votes + F.one_hot(answers, len(images.classes))              # B classes
             voted += (votes.argmax(dim=1) == labels).sum()
     model.train()
-    totals = gather([float(clean), float(noisy), float(voted)], world).sum(dim=1) / len(images)
-    return [round(share, 6) for share in totals.tolist()[:3 if draws else 2]] + [None] * (not draws)
+    totals = gather([float(clean), float(noisy), float(voted)]).sum(dim=1) / len(index)
+    clean, noisy, vote = (round(share, 6) for share in totals.tolist())
+    return clean, noisy, vote if draws else None
+
+
+def measure(model, images, index, voting, args, rank, world, device):
+    """evaluate() as a dict; if `voting`, also over 100 noisy copies of at most 1000 of the images, else vote = None."""
+    if world > 1:
+        for buffer in model.buffers():                                 # a probe's statistics: rank 0's, which are saved
+            dist.broadcast(buffer, 0)
+    how = (args.seed, rank, world, device, args.workers)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        clean, noisy, vote = evaluate(model, images, index, args.sigma, 0, 250, *how)
+        if voting:
+            _, _, vote = evaluate(model, images, evenly_spaced(index, 1000), args.sigma, 100, 250, *how)
+    return dict(clean=clean, noisy=noisy, vote=vote)
+
+
+def describe(found):
+    return "  ".join(f"{name} {share:.1%}" for name, share in found.items())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# For timm
+# ----------------------------------------------------------------------------------------------------------
 
 
 def export(source, path):
     """Write a fine-tuned classifier for timm: VisionTransformer(**file["model_args"]).load_state_dict(file["state_dict"]).
 
-    The names are timm's already; a linear probe's BatchNorm is folded into its linear layer. timm's models take images that
-    are resized and normalised beforehand: "mean", "std" and "img_size" say how.
+    The names are timm's already; a linear probe's BatchNorm is folded into its linear layer. timm's models take images
+    that are resized and normalised beforehand: "mean", "std" and "img_size" say how.
     """
     checkpoint = read_checkpoint(source, "finetune")
     config, state = checkpoint["config"], dict(checkpoint["model"])
@@ -385,189 +507,694 @@ def export(source, path):
         weight, bias = state.pop("head.1.weight"), state.pop("head.1.bias")
         state["head.weight"] = weight / (variance + 1e-6).sqrt()
         state["head.bias"] = bias - state["head.weight"] @ mean
-    arguments = dict(img_size=config["image_size"], patch_size=config["patch_size"], in_chans=config["channels"],
-                     num_classes=config["num_classes"], embed_dim=config["dim"], depth=config["depth"],
-                     num_heads=config["heads"], mlp_ratio=config.get("mlp_ratio", 4.0),
-                     global_pool="avg" if config.get("pool", "mean") == "mean" else "token")
-    content = dict(state_dict=state, model_args=arguments, mean=config["mean"], std=config["std"],
-                   classes=checkpoint["data"]["classes"], sigma=checkpoint["sigma"])
+    arguments = dict(
+        img_size=config["image_size"],
+        patch_size=config["patch_size"],
+        in_chans=config["channels"],
+        num_classes=config["num_classes"],
+        embed_dim=config["dim"],
+        depth=config["depth"],
+        num_heads=config["heads"],
+        mlp_ratio=config.get("mlp_ratio", 4.0),
+        global_pool="avg" if config.get("pool", "mean") == "mean" else "token",
+    )
+    content = dict(
+        state_dict=state,
+        model_args=arguments,
+        mean=config["mean"],
+        std=config["std"],
+        classes=checkpoint["data"]["classes"],
+        sigma=checkpoint["sigma"],
+    )
     write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
-@command
-def main(argv):
-    args, checkpoint = parse(argv)
-    name = f"finetune_sigma_{args.sigma:g}"
-    if args.export:
-        export(f"{args.out}/{name}.pt", args.export)
-        return print(f"wrote {args.export}")
+def train_step(network, optimizer, batches, mix, levels, micro_batches, args, step, rank):
+    """One optimizer step on the mean loss of all micro-batches; returns this process's share of it."""
+    total = 0.0
+    for micro in range(micro_batches):
+        pixels, labels = next(batches)                                               # B C H W, B
+        torch.manual_seed(seed_of(args.seed, step, micro, rank))
+        images, targets = mix(pixels / levels, labels)                               # B C H W, B classes
+        with accumulating(network, more_to_come=micro < micro_batches - 1):
+            loss = classification_loss(network, images, targets, args)
+            (loss / micro_batches).backward()
+        total = total + loss.detach() / micro_batches
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def finetune(args):
+    """The stage, from the pre-trained encoder to the classifier that is certified."""
     rank, world, device = start_processes(args.device)
-    torch.use_deterministic_algorithms(args.deterministic)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                       # what cuBLAS asks for
-    say = print if rank == 0 else lambda *_: None
+    use_deterministic_kernels(args.deterministic)
+    files = RunFiles(f"{args.out}/finetune_sigma_{args.sigma:g}")
 
-    # data
+    # Data: which images, in which batches.
     channels = SIZES[args.model]["channels"]
-    data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=channels,
-                holdout=args.holdout)
-    train, held, test = (open_images(split=split, device=device, **data) for split in ("train", "holdout", "test"))
-    require(train.classes == test.classes, f"the classes of training and test images differ in {args.data_path}")
-    labelled = min(len(train), (args.labels_per_class or len(train)) * len(train.classes))
+    images = open_images(args.dataset, args.data_path, True, args.image_size, channels)
+    test = open_images(args.dataset, args.data_path, False, args.image_size, channels)
+    require(images.classes == test.classes, f"the classes of training and test images differ in {args.data_path}")
+    keep_small_images(images, device)
+    keep_small_images(test, device)
+    train, held_out = hold_out(images, args.holdout)
+    labelled = len(train)
     if args.labels_per_class:
-        train = few_labels(train, args.labels_per_class, args.seed)
-    train.augment = make_augment(args.augment, args.image_size, args.erasing, bool(train.files))
-    train.seed = args.seed
-    mix = make_mix(args.mixup, args.cutmix, len(train.classes))
-    device_batch, accumulate = share_batch(args.batch, world, args.device_batch)
-    require(len(train) >= args.batch, f"{len(train)} training images are fewer than one batch of {args.batch}")
-    per_epoch = len(train) // args.batch
-    steps, warmup = int(args.epochs * per_epoch), int(args.warmup_epochs * per_epoch)
-    require(steps > 0, f"--epochs {args.epochs:g} makes no step of {args.batch} images")
-    peak = args.base_lr * args.batch / 256
+        labelled = min(labelled, args.labels_per_class * len(images.classes))
+        train = few_labels(train, images.labels, len(images.classes), args.labels_per_class, args.seed)
+    augment = make_augment(args.augment, images, args.erasing)
+    mix = make_mix(args.mixup, args.cutmix, len(images.classes))
+    steps_per_epoch, steps, warmup = count_steps(args, len(train))
+    device_batch, micro_batches = share_batch(args.batch, world, args.device_batch)
 
-    # model
-    torch.manual_seed(args.seed)
-    normalisation = choose("normalisation", args.normalisation, NORMALISATION)
-    require(len(normalisation["mean"]) == channels, f"--normalisation {args.normalisation} is not for {channels} channels")
-    model = build_vit(args.model, len(train.classes), image_size=args.model_size or args.image_size, probe=args.linear_probe,
-                      pool="cls" if args.linear_probe else "mean", drop_path=args.drop_path, **normalisation)
-    if checkpoint:
-        missing, left = load_encoder(model, args.init)
-        say(f"{args.init} ({args.dataset}, {args.model}): starting anew {', '.join(missing) or 'nothing'}; "
-            f"leaving out {', '.join(sorted({key.split('.')[0] for key in left})) or 'nothing'}")
-    if args.linear_probe:
-        model.requires_grad_(False)
-        model.head.requires_grad_(True)
-    model.recompute_activations = args.recompute
-    model.to(device)
-
-    # optimizer
-    groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-    optimizer = LARS(groups, peak) if args.linear_probe else \
-        torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
-
-    args.dtype = pick_dtype(args.dtype, model, device, world)
-    settings = vars(args) | {"init_sha256": checkpoint and sha256(args.init)}
-
-    # one micro-batch
-    if args.compile if args.compile is not None else device.type == "cuda":
+    # Network and optimizer.
+    model = build_model(args, len(images.classes), device)
+    optimizer = build_optimizer(model, args)
+    peak = optimizer.defaults["lr"]
+    args.dtype = pick_dtype(args.dtype, device, read_settings(f"{files.stem}.json", args.overwrite))
+    if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-    copies = 2 if args.consistency else 1
+    say(f"{args.model}: {count_trained(model):,} trained parameters on {world} x {device.type} in {args.dtype}; "
+        f"{labelled:,} images; {steps:,} steps of {world} x {micro_batches} x {device_batch} = {args.batch} images; "
+        f"lr {peak:.3g}; sigma {args.sigma:g}")
 
-    def load_batches(start):
-        positions = training_positions(len(train), args.batch, device_batch, start, steps, args.seed, rank, world)
-        return train.load(positions, device, args.workers)
+    # Everything that certification, or this stage after a stop, has to know.
+    settings = vars(args) | {"init_sha256": None if args.init == "scratch" else sha256(args.init)}
+    data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=channels,
+                holdout=args.holdout, classes=images.classes)
+    about = dict(kind="finetune", config=model.config, data=data, settings=settings, sigma=args.sigma)
 
-    def micro_loss(pixels, labels, *position):
-        torch.manual_seed(seed_of(args.seed, *position, rank))
-        # Noise comes after everything else: mixup of noisy images would scale it by sqrt(l^2 + (1 - l)^2).
-        images, targets = mix(pixels / train.levels, labels)                              # B C H W in [0, 1], B classes
-        images = repeat(images, "b c h w -> (m b) c h w", m=copies)
-        noisy = images + args.sigma * torch.randn_like(images)
-        with autocast:
-            logits = rearrange(network(noisy), "(m b) k -> m b k", m=copies)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.repeat(copies, 1), label_smoothing=args.label_smoothing)
-        if args.consistency:
-            loss = loss + consistency_loss(logits.float(), args.consistency, args.consistency_eta)
-        return loss
+    def batches_of(start, end):
+        positions = training_positions(train, args.batch, device_batch, start, end, args.seed, rank, world)
+        return load_batches(images, positions, device, augment, args.seed, args.workers)
 
-    say(f"{args.model}: {sum(p.numel() for group in groups for p in group['params']):,} trained parameters on {world} x "
-        f"{device.type} in {args.dtype}; {labelled:,} images; {steps:,} steps of {world} x {accumulate} x "
-        f"{device_batch} = {args.batch} images; lr {peak:.3g}; sigma {args.sigma:g}")
     if args.dry_run:
-        batch = next(load_batches(0))
-        say(json.dumps(settings, indent=1), cost(lambda: micro_loss(*batch, 0, 0), model, device_batch), sep="\n")
-        return optimizer.step()
+        say(json.dumps(settings, indent=1))
+        train_step(network, optimizer, batches_of(0, 1), mix, images.levels, micro_batches, args, 0, rank)
+        return
 
-    # run directory
-    run = Run(args.out, name, settings, FREE, rank, world, resume=args.resume, overwrite=args.overwrite)
-    if run.done:
-        return say(f"{run.result} is done; --out elsewhere, or --overwrite to do it again")
-    state, start, best = run.load(), 0, None
-    if state:
-        load_weights(model, state["model"], run.last)
-        optimizer.load_state_dict(state["optimizer"])
-        start, best = state["step"], state["best"]
-        say(f"continuing {run.last} after step {start}")
+    with run_directory(files.stem, settings, MAY_CHANGE, files.result, args.overwrite):
+        if files.result.exists():
+            say(f"{files.result} is done; --out elsewhere, or --overwrite to do it again")
+            return
+        start, state = files.resume(model, optimizer)
+        best = state["best"] if state else None
+        batches = batches_of(start, steps)
+        total, counted = 0.0, 0
+        bar = tqdm(total=steps, initial=start, desc="finetune", disable=None if rank == 0 else True)
+        for step in range(start, steps):
+            lr = learning_rate(step, steps, warmup, peak, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            total += train_step(network, optimizer, batches, mix, images.levels, micro_batches, args, step, rank)
+            counted += 1
+            bar.update()
 
-    def weights():
-        return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+            done = step + 1
+            epoch = done / steps_per_epoch
+            epoch_ends = done % steps_per_epoch == 0 or done == steps
+            saving = done % args.save_every == 0 or done == steps
+            if saving or epoch_ends or done % args.log_every == 0:
+                files.log_loss(total / counted, done, steps, steps_per_epoch, lr, bar)
+                total, counted = 0.0, 0
+            if epoch_ends:
+                voting = done == steps or done % (args.vote_every * steps_per_epoch) == 0
+                found = measure(model, images, held_out, voting, args, rank, world, device)
+                files.log(step=done, epoch=round(epoch, 4), split="holdout", **found)
+                if voting:
+                    say(f"held out, epoch {epoch:g}: {describe(found)}")
+                if voting and (best is None or found["vote"] >= best["vote"]):
+                    best = dict(vote=found["vote"], epoch=epoch, model=copy_of_weights(model))
+            if saving:
+                files.save(files.last, model, step=done, best=best, optimizer=optimizer.state_dict(), **about)
+        bar.close()
 
-    def accuracy(images, draws):
-        for buffer in model.buffers() if world > 1 else ():           # the probe's statistics: rank 0's, as in its checkpoint
-            dist.broadcast(buffer, 0)
-        with autocast:
-            return evaluate(model, images, args.sigma, draws, 250, args.seed, rank, world, device, args.workers)
+        # The kept model meets the test images: once.
+        model.load_state_dict(best["model"])
+        found = measure(model, test, torch.arange(len(test)), True, args, rank, world, device)
+        files.log(step=steps, epoch=best["epoch"], split="test", **found)
+        say(f"test images, model of epoch {best['epoch']:g}: {describe(found)}")
+        files.finish(best["model"], step=steps, **about)
 
-    def thousand(images):
-        """At most 1000 of them, evenly spaced: class folders are sorted by class."""
-        return images.subset(torch.linspace(0, len(images) - 1, min(1000, len(images)), dtype=torch.float64).long())
 
-    batches = load_batches(start)
-    total, counted = torch.zeros((), device=device), 0
-    bar = tqdm(total=steps, initial=start, desc="finetune", disable=None if rank == 0 else True)
+def main(argv=None):
+    with one_line_errors():
+        args = parse(argv)
+        if args.export:
+            export(f"{args.out}/finetune_sigma_{args.sigma:g}.pt", args.export)
+            print(f"wrote {args.export}")
+        else:
+            finetune(args)
+
+
+# ==========================================================================================================
+# The same in pretrain.py and finetune.py: flags, the order of the data, log and checkpoints
+# ==========================================================================================================
+
+
+def add_training_flags(parser):
+    """Data, network and optimizer."""
+    count = number(int, least=1)
+    share = number(float, least=0)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--dataset", choices=DATASETS, help="folder: a folder for each class in PATH/train, PATH/val")
+    parser.add_argument("--data-path", help="where the data set lies")
+    parser.add_argument("--image-size", type=count, help="resolution at which noise is added, in pixels")
+    parser.add_argument("--normalisation", choices=NORMALISATION, help="whose mean and standard deviation")
+    parser.add_argument("--model", choices=SIZES, help="the network's size")
+    parser.add_argument("--model-size", type=count, help="resolution to which the network resizes; None: not at all")
+    parser.add_argument("--batch", type=count, help="effective batch, over all processes, images")
+    parser.add_argument("--device-batch", type=count, help="largest batch of one process at a time, images")
+    parser.add_argument("--epochs", type=number(float, above=0), help="epochs")
+    parser.add_argument("--warmup-epochs", type=share, help="epochs of linear warm-up")
+    parser.add_argument("--base-lr", type=number(float, above=0), help="learning rate per 256 images of the batch")
+    parser.add_argument("--weight-decay", type=share, help="AdamW's")
+    parser.add_argument("--log-every", type=count, help="steps between log rows")
+    parser.add_argument("--save-every", type=count, help="steps between checkpoints")
+    parser.add_argument("--deterministic", action=switch, help="deterministic kernels only: same bits on a GPU, too")
+    parser.add_argument("--recompute", action=switch, help="recompute activations backwards, to save memory")
+    parser.add_argument("--workers", type=number(int, least=0), help="processes that read pictures, per process")
+    parser.add_argument("--dry-run", action=switch, help="print settings and sizes, run one step, and end")
+
+
+def seed_of(*position):
+    """A 32-bit seed for a position such as (seed, step, micro-batch, rank)."""
+    return int(np.random.SeedSequence([len(position), *position]).generate_state(1)[0])
+
+
+@functools.lru_cache(maxsize=2)
+def order_of(epoch, size, seed):
+    """A permutation of 0..size - 1."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+
+
+@functools.lru_cache(maxsize=2)
+def uniforms_of(epoch, size, seed):
+    """Four uniform numbers to augment each image with, (size, 4)."""
+    return torch.rand(size, 4, generator=torch.Generator().manual_seed(seed_of(seed, epoch, size)))
+
+
+def training_positions(index, batch, device_batch, start, steps, seed, rank, world):
+    """Yield [(epoch, image), ...] for every micro-batch of this rank in steps start..steps - 1.
+
+    Step s takes the next `batch` of the images `index` (m,) in its epoch's order, whatever the number of processes,
+    and deals them to the ranks in device batches, one micro-batch after the other. An epoch's rest is left out.
+    """
     for step in range(start, steps):
-        lr = learning_rate(step, steps, warmup, peak, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        for micro in range(accumulate):
-            last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else network.no_sync():
-                loss = micro_loss(*next(batches), step, micro)
-                (loss / accumulate).backward()
-            total += loss.detach() / accumulate
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-        done, counted = step + 1, counted + 1
-        if done % args.log_every and done % per_epoch and done < steps:
-            continue
-        # now and then the ranks meet: to average the loss, to notice a signal, to write a checkpoint
-        loss, interrupted = gather([total.item() / counted, max(INTERRUPT, default=0)], world)
-        loss, saved = loss.mean().item(), (done - counted) // args.save_every
-        if not math.isfinite(loss):
-            raise UsageError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the checkpoint before it stays", status=1)
-        total.zero_()
-        counted = 0
-        row = run.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
-        bar.set_postfix(loss=f"{loss:.4f}")
-        if bar.disable and (done % args.log_every == 0 or done == steps):
-            say(f"step {done}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {row['time']:.0f} s")
-        if done % per_epoch == 0 or done == steps:
-            voting = done % (args.vote_every * per_epoch) == 0 or done == steps
-            clean, noisy, _ = accuracy(held, 0)
-            vote = accuracy(thousand(held), 100)[2] if voting else None
-            run.log(step=done, epoch=round(done / per_epoch, 4), split="holdout", clean=clean, noisy=noisy, vote=vote)
-            if voting:
-                say(f"held out, epoch {done / per_epoch:g}: clean {clean:.1%}  noisy {noisy:.1%}  vote {vote:.1%}")
-                if best is None or vote >= best["vote"]:
-                    best = dict(vote=vote, epoch=done / per_epoch, model=weights())
-        if done // args.save_every > saved or interrupted.any() or done == steps:
-            run.save(run.last, weights(), step=done, best=best, optimizer=optimizer.state_dict())
-        if interrupted.any():
-            say(f"stopped by signal {int(interrupted.max())} after step {done}; the same command continues")
-            raise SystemExit(128 + int(interrupted.max()))
-    bar.close()
+        epoch, place = divmod(step, len(index) // batch)
+        order = order_of(epoch, len(index), seed)
+        share = index[order[place * batch:(place + 1) * batch]].tolist()
+        for first in range(rank * device_batch, batch, world * device_batch):
+            yield [(epoch, image) for image in share[first:first + device_batch]]
 
-    # the kept model, on the test images, once
-    model.load_state_dict(best["model"])
-    clean, noisy, _ = accuracy(test, 0)
-    vote = accuracy(thousand(test), 100)[2]
-    run.log(step=steps, epoch=best["epoch"], split="test", clean=clean, noisy=noisy, vote=vote)
-    say(f"test images, model of epoch {best['epoch']:g}: clean {clean:.1%}  noisy {noisy:.1%}  vote {vote:.1%}")
-    run.save(run.result, best["model"], kind="finetune", config=model.config, data=data | {"classes": train.classes},
-             settings=settings, sigma=args.sigma, step=steps)
-    if rank == 0:
-        run.last.unlink(missing_ok=True)
-    say(f"wrote {run.result} in {time.time() - run.start:.0f} s")
+
+def share_batch(batch, world, largest):
+    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <= largest."""
+    require(batch % world == 0, f"a batch of {batch} cannot be divided by {world} processes")
+    share = batch // world
+    device_batch = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
+    return device_batch, share // device_batch
+
+
+def count_steps(args, images):
+    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is left out."""
+    require(images >= args.batch, f"{images} training images are fewer than one batch of {args.batch}")
+    per_epoch = images // args.batch
+    steps = int(args.epochs * per_epoch)
+    require(steps > 0, f"--epochs {args.epochs:g} makes no step of {args.batch} images")
+    return per_epoch, steps, int(args.warmup_epochs * per_epoch)
+
+
+def shift_and_flip(shift, flip):
+    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to right.
+
+    augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
+    """
+
+    def augment(pixels, uniforms):
+        side = torch.arange(pixels.shape[-1], device=pixels.device)                  # S
+        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift                 # B 2, from -shift to shift
+        y = side + offsets[:, :1]                                                    # B S, source rows
+        x = side + offsets[:, 1:]                                                    # B S, source columns
+        if flip:
+            x = torch.where(uniforms[:, 2:3] < 0.5, x.flip(1), x)
+        y = y.clamp(0, len(side) - 1)[:, None, :, None]                              # B 1 S 1
+        x = x.clamp(0, len(side) - 1)[:, None, None, :]                              # B 1 1 S
+        image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
+        channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
+        return pixels[image, channel, y, x]                                          # B C S S
+
+    return augment
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures from files, augmented one by one: item (epoch, i) draws from (seed, epoch, i) alone."""
+
+    def __init__(self, images, augment, seed):
+        self.images = images
+        self.augment = augment
+        self.seed = seed
+
+    def __getitem__(self, position):
+        epoch, i = position
+        if self.augment is None:
+            return self.images.read(i), self.images.labels[i]
+        torch.manual_seed(seed_of(self.seed, epoch, i))
+        picture = read_picture(self.images.files[i], self.images.channels)
+        return self.augment(picture), self.images.labels[i]            # C S S, ()
+
+
+def load_batches(images, positions, device, augment=None, seed=0, workers=0):
+    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in `positions`.
+
+    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are files.
+    """
+    if images.files is not None:
+        pictures = Pictures(images, augment, seed)
+        pinned = device.type == "cuda"
+        loader = torch.utils.data.DataLoader(pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned)
+        for pixels, labels in loader:
+            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return
+    for batch in positions:
+        epoch, _ = batch[0]
+        index = torch.tensor([i for _, i in batch])
+        pixels = images.pixels[index.to(images.pixels.device)].to(device)
+        if augment is not None:
+            pixels = augment(pixels, uniforms_of(epoch, len(images), seed)[index].to(device))
+        yield pixels, images.labels[index].to(device)
+
+
+def keep_small_images(images, device):
+    """Images of at most 64 pixels stay in the device's memory."""
+    if images.size <= 64:
+        if images.files is not None:
+            images.pixels = torch.stack([images.read(i) for i in range(len(images))])
+            images.files = None
+        images.pixels = images.pixels.to(device)
+    return images
+
+
+def hold_out(images, holdout):
+    """(indices to train on, indices held out): a fixed random part, a share below 1 or a number of images."""
+    held = round(holdout * len(images)) if holdout < 1 else int(holdout)
+    if held == 0:
+        return torch.arange(len(images)), torch.arange(len(images))
+    require(held < len(images), f"cannot hold out {held} of {len(images)} training images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def evenly_spaced(index, count):
+    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of one."""
+    return index[torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64).long()]
+
+
+def use_deterministic_kernels(wanted):
+    torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # what cuBLAS asks for
+
+
+def accumulating(network, more_to_come):
+    """Inside, while more micro-batches are to come, gradients are not exchanged between processes."""
+    if more_to_come and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()
+
+
+def count_trained(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class RunFiles:
+    """A run's log NAME.jsonl, NAME.last.pt to resume from, and its result NAME.pt. Rank 0 writes them."""
+
+    def __init__(self, stem):
+        self.stem = stem
+        self.log_file = Path(f"{stem}.jsonl")
+        self.last = Path(f"{stem}.last.pt")
+        self.result = Path(f"{stem}.pt")
+        self.rows = 0
+        self.start = time.time()
+
+    def resume(self, model, optimizer):
+        """Go on from .last.pt: (step, all that it holds), or (0, None). The log is cut back to that moment."""
+        state = read_checkpoint(self.last) if self.last.exists() else None
+        rows = self.log_file.read_text().splitlines(keepends=True)[:state["rows"]] if state else []
+        gather([0])                                                    # all have read before rank 0 writes
+        if is_rank_zero():
+            write_atomically(self.log_file, lambda path: path.write_text("".join(rows)))
+        if state is None:
+            return 0, None
+        self.rows = len(rows)
+        self.start = time.time() - (json.loads(rows[-1])["time"] if rows else 0)
+        load_weights(model, state["model"], self.last)
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"continuing {self.last} after step {state['step']}")
+        return state["step"], state
+
+    def log(self, **row):
+        """Append a row, with the seconds since the run began (less its pauses), and return it."""
+        row["time"] = round(time.time() - self.start, 3)
+        self.rows += 1
+        if is_rank_zero():
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def log_loss(self, loss, done, steps, per_epoch, lr, bar):
+        """Log the mean of the ranks' losses, and show it; where it is not finite, the run ends."""
+        loss = gather([float(loss)]).mean().item()
+        if not math.isfinite(loss):
+            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the checkpoint before it stays")
+        row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if bar.disable:
+            say(f"step {done}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {row['time']:.0f} s")
+
+    def save(self, path, weights, **rest):
+        """Write a checkpoint of `weights`, a model or a state dict, unless one of them is not finite."""
+        if not is_rank_zero():
+            return
+        if isinstance(weights, torch.nn.Module):
+            weights = copy_of_weights(weights)
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise RunError(f"{name} is not finite: nothing saved, what {self.last} holds stays")
+        content = {"model": weights, "rows": self.rows, **rest}
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def finish(self, weights, **rest):
+        """Write the result; there is nothing to resume any more."""
+        self.save(self.result, weights, **rest)
+        if is_rank_zero():
+            self.last.unlink(missing_ok=True)
+        say(f"wrote {self.result} in {time.time() - self.start:.0f} s")
+
+
+def copy_of_weights(model):
+    """The state dict on the CPU, which later steps do not change."""
+    return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+# ==========================================================================================================
+# The end of what pretrain.py and finetune.py share
+# ==========================================================================================================
+
+
+# ==========================================================================================================
+# The same in pretrain.py, finetune.py and certify.py: errors, flags, processes, files, data sets
+# ==========================================================================================================
+
+DATASETS = ("digits", "cifar10", "folder")
+
+
+class RunError(Exception):
+    """What broke in the middle of a run, in one sentence."""
+
+
+def require(condition, sentence):
+    if not condition:
+        raise ValueError(sentence)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that broke."""
+    script = Path(__file__).name
+    try:
+        yield
+    except (ValueError, RunError, OSError) as error:
+        sentence = str(error).strip().splitlines()[-1]                 # a data worker's comes with its traceback
+        print(f"{script}: error: {sentence.split('RunError: ')[-1]}", file=sys.stderr, flush=True)
+        wrong_use = isinstance(error, ValueError | FileNotFoundError)
+        raise SystemExit(2 if wrong_use else 1) from None
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; the same command continues", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def new_parser(doc, defaults):
+    """An argparse parser that returns the flags that were given and no others: defaults come from the recipe."""
+    listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
+    parser = argparse.ArgumentParser(
+        description=doc,
+        epilog=textwrap.fill(f"default values, of --recipe digits: {listed}", width=100),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.suggest_on_error = True                                     # from Python 3.14 on
+    parser.error = functools.partial(require, False)                   # one line, without the list of all flags
+    return parser
+
+
+def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
+    """An argparse type: an int or a float x with above < x < below and least <= x, never nan or infinite."""
+
+    def number(text):                                                  # argparse calls a word an "invalid number"
+        value = kind(text)
+        if above < value < below and value >= least:
+            return value
+        limits = {"above": above, "at least": least, "below": below}
+        said = [f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < math.inf]
+        raise argparse.ArgumentTypeError(f"must be {' and '.join(said) or 'finite'}, not {text}")
+
+    return number
+
+
+def add_run_flags(parser):
+    """Where and how to run."""
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--out", help="run directory")
+    parser.add_argument("--overwrite", action=switch, help="delete this stage's earlier files in the run directory")
+    parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
+                        help="auto: bf16 autocast on GPUs that have it natively, else fp32")
+    parser.add_argument("--compile", action=switch, help="torch.compile; None: on GPUs")
+
+
+def is_rank_zero():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(*words):
+    """Print, once for all processes."""
+    if is_rank_zero():
+        print(*words, flush=True)
+
+
+def start_processes(device, timeout=None):
+    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    if device != "cpu":
+        there = torch.get_device_module(device).device_count()
+        require(local_rank < there, f"there is no {device} device for local process {local_rank}")
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if world > 1 and not dist.is_initialized():
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun --max-restarts: without a prefix a new life may find the addresses of the dead one.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank, store=store)
+        atexit.register(dist.destroy_process_group)
+    return rank, world, torch.device(device, local_rank if device == "cuda" else None)
+
+
+def gather(values):
+    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each other."""
+    own = torch.tensor(values, dtype=torch.float64)
+    if not dist.is_initialized():
+        return own[:, None]
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.stack(parts, dim=1)
+
+
+def pick_dtype(dtype, device, earlier):
+    """What "auto" stands for: the dtype that the run began with, else bf16 on GPUs that have it, else fp32."""
+    if dtype != "auto":
+        return dtype
+    if "dtype" in earlier:
+        return earlier["dtype"]
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                           # torch.save raises either
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+
+
+def read_settings(path, overwrite):
+    """The settings of an earlier run that goes on, or {}."""
+    if overwrite or not Path(path).exists():
+        return {}
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: use another --out, or --overwrite") from None
+
+
+@contextlib.contextmanager
+def run_directory(stem, settings, may_change, result, overwrite):
+    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to them.
+
+    A run that began with other settings (but for those that `may_change`) is refused. The file `result` says, by
+    being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    """
+    import filelock
+
+    folder, name = os.path.split(stem)
+    lock = filelock.FileLock(f"{folder}/.{name}.lock")
+    if is_rank_zero():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f"{stem} is in use by another process") from None
+        if overwrite:
+            endings = (".json", ".jsonl", ".last.pt", ".pt", ".tsv")
+            for file in [*(f"{stem}{end}" for end in endings), *glob.glob(f"{glob.escape(stem)}.tsv.part*")]:
+                Path(file).unlink(missing_ok=True)
+        settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
+        before = read_settings(f"{stem}.json", overwrite)
+        other = []
+        for key in sorted({*before, *settings} - {*may_change}):
+            if before and before.get(key) != settings.get(key):
+                other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
+        require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+        if not result.exists():
+            write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+    gather([0])
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclasses.dataclass(eq=False)
+class Images:
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the middle."""
+
+    labels: torch.Tensor                                               # M
+    classes: list                                                      # the classes' names
+    size: int                                                          # S, pixels
+    channels: int                                                      # C
+    levels: int                                                        # the value of white
+    pixels: torch.Tensor | None = None                                 # M C S S
+    files: list | None = None                                          # M
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        if self.pixels is not None:
+            return self.pixels[i]                                      # C S S
+        return fit(read_picture(self.files[i], self.channels), self.size)
+
+
+def open_images(dataset, data_path, train, size, channels):
+    """The training or the test images of a data set.
+
+    digits: scikit-learn's, 8 x 8, 0 to 16. The last 360, by other writers, are the test images.
+    cifar10: torchvision's, in data_path; downloaded if need be.
+    folder: a folder for each class in data_path/train and in data_path/val or /test.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        part = slice(None, -360) if train else slice(-360, None)
+        pixels = torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None]
+        labels = torch.as_tensor(digits.target[part]).long()
+        images = Images(labels, [str(name) for name in digits.target_names], 8, 1, 16, pixels=pixels)
+
+    elif dataset == "cifar10":
+        from torchvision.datasets import CIFAR10
+
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            CIFAR10(data_path, download=True)
+        gather([0])                                                    # the others wait for the files
+        part = CIFAR10(data_path, train=train)
+        pixels = torch.from_numpy(part.data).movedim(3, 1).contiguous()
+        images = Images(torch.tensor(part.targets), part.classes, 32, 3, 255, pixels=pixels)
+
+    else:
+        from torchvision.datasets import ImageFolder
+
+        require(data_path, "--dataset folder needs a --data-path")
+        there = [part for part in ("train", "val", "test") if Path(data_path, part).is_dir()]
+        require("train" in there, f"there is no folder {data_path}/train")
+        require(len(there) > 1, f"there is no folder {data_path}/val or {data_path}/test")
+        part = ImageFolder(Path(data_path, "train" if train else there[1]))
+        files = [file for file, _ in part.samples]
+        folders = {os.path.dirname(file) for file in files}
+        require(len({os.path.realpath(folder) for folder in folders}) == len(folders),
+                f"{data_path} reaches a folder twice (a link's loop?)")
+        images = Images(torch.tensor(part.targets), part.classes, size, channels, 255, files=files)
+
+    require((images.size, images.channels) == (size, channels),
+            f"{dataset} has images of {images.channels} x {images.size} x {images.size}, the model takes "
+            f"{channels} x {size} x {size}")
+    return images
+
+
+def read_picture(file, channels):
+    """A picture file, upright, as uint8 (channels, any, any): RGB or grey."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    try:
+        pixels = decode_image(file, mode, apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise RunError(f"cannot read the image {file}: {str(error).splitlines()[0]}") from None
+    if pixels.dtype != torch.uint8 or len(pixels) != channels:
+        raise RunError(f"cannot read the image {file}: it has {len(pixels)} channels of {pixels.dtype}")
+    return pixels
+
+
+def fit(picture, size):
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
+    from torchvision.transforms.v2 import functional as T
+
+    if picture.shape[1:] == (size, size):
+        return picture
+    picture = T.resize(picture, [round(size * 256 / 224)], T.InterpolationMode.BICUBIC)
+    return T.center_crop(picture, [size, size])
+
+
+# ==========================================================================================================
+# The end of what pretrain.py, finetune.py and certify.py share
+# ==========================================================================================================
 
 
 if __name__ == "__main__":

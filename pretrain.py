@@ -1,22 +1,36 @@
 """Stage 1: pre-train a denoising masked autoencoder (DMAE, section 3.2): x + noise -> mask -> reconstruct x.
 
-    python pretrain.py                                                  # digits, two CPU cores: about a minute
-    python pretrain.py --recipe cifar10                                 # one GPU
+    python pretrain.py                                              # digits, two CPU cores: about a minute
+    python pretrain.py --recipe cifar10                             # one GPU
     torchrun --nproc_per_node=8 pretrain.py --recipe imagenet-base --data-path /data/imagenet
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 pretrain.py --recipe ...
-    python pretrain.py --sigma 0 --loss-on dropped --out runs/mae       # the plain masked autoencoder, for comparison
+    python pretrain.py --sigma 0 --loss-on dropped --out runs/mae   # the plain masked autoencoder, for comparison
 
-A recipe sets data, model and every hyperparameter; any other flag overrides one. The result is RUN/pretrain.pt, with a
-log (pretrain.jsonl) and two pictures beside it. Started again, the command goes on where it was stopped.
+A recipe sets data, model and every hyperparameter; any other flag overrides one. The result is RUN/pretrain.pt,
+with a log (pretrain.jsonl) and two pictures beside it. Killed at any moment, the same command goes on from its
+last checkpoint and ends with the same bits.
+
+Axes:  B images   C channels   H W pixels   N patches   P patch side
 """
 
+import argparse
+import atexit
 import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
 import json
 import math
 import os
+import sys
+import textwrap
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from matplotlib.figure import Figure
@@ -25,40 +39,34 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from model import (
-    INTERRUPT,
     NORMALISATION,
     SIZES,
-    Parser,
-    ResizedCrop,
-    Run,
-    UsageError,
     build_dmae,
-    choose,
-    command,
-    cost,
     decays,
-    gather,
     learning_rate,
     load_weights,
-    number,
-    open_images,
-    pick_dtype,
+    patchify,
     read_checkpoint,
-    require,
-    seed_of,
-    sha256,
-    share_batch,
-    shift_and_flip,
-    start_processes,
-    training_flags,
-    training_positions,
     unpatchify,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Recipes
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
+DEFAULTS = dict(                           # what no recipe changes
+    init=None,                             # checkpoint to start from
+    seed=0,
+    model_size=None,                       # the model sees images at their own resolution
+    device="auto",
+    dtype="auto",
+    compile=None,
+    deterministic=False,
+    recompute=False,
+    workers=8,                             # per process
+    overwrite=False,
+    dry_run=False,
+)
 PAPER = dict(                              # section 4.1 and appendix: ImageNet
     dataset="folder",
     data_path="data/imagenet",             # with train/ and val/ class folders
@@ -120,7 +128,8 @@ RECIPES = {
         log_every=50,
         save_every=1000,
     ),
-    "cifar10-transfer": dict(PAPER,        # paper, section 4.3: continued from ImageNet (--init CHECKPOINT)
+    "cifar10-transfer": dict(              # paper, section 4.3: continued from ImageNet (--init CHECKPOINT)
+        PAPER,
         dataset="cifar10",
         data_path="data",
         model="vit_base_patch16",
@@ -136,93 +145,133 @@ RECIPES = {
     ),
     "imagenet-base": dict(PAPER, model="vit_base_patch16", epochs=1100, warmup_epochs=40),
     "imagenet-large": dict(PAPER, model="vit_large_patch16", epochs=1600, warmup_epochs=40),
-    "imagenet-huge": dict(PAPER, model="vit_huge_patch14", epochs=1600, warmup_epochs=40),   # not in the paper's tables
+    "imagenet-huge": dict(PAPER, model="vit_huge_patch14", epochs=1600, warmup_epochs=40),  # not in its tables
 }
-FREE = {"data_path", "out", "init", "device", "device_batch", "workers", "compile", "resume", "overwrite", "dry_run",
-        "recompute"}                       # may change when a run is continued
+MAY_CHANGE = {                             # when a run is continued
+    "data_path", "out", "init", "device", "device_batch", "workers", "compile", "overwrite", "dry_run", "recompute",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
 
 
 def parse(argv):
-    first = Parser(add_help=False)
-    first.add_argument("--recipe", default="digits")
-    recipe = first.parse_known_args(argv)[0].recipe
-    parser = Parser(__doc__, choose("recipe", recipe, RECIPES) | dict(recipe=recipe, out=f"runs/{recipe}"))
-    not_negative = number(float, least=0)
-    parser.flag("--holdout", not_negative, "training images held out for pictures and model selection: share or number")
-    parser.flag("--augment", str, "augmentation", choices=("none", "shift", "flip", "shift-flip", "resized-crop"))
-    parser.flag("--sigma", not_negative, "standard deviation of the noise, for pixels in [0, 1]")
-    parser.flag("--mask-ratio", number(float, least=0, below=1), "share of the patches that are dropped")
-    parser.flag("--loss-on", str, "all patches (DMAE) or the dropped ones (MAE)", choices=("all", "dropped"))
-    parser.flag("--norm-pix", bool, "standardise each target patch")
-    parser.flag("--init", str, "pre-training checkpoint to start from (optimizer and schedule start anew)")
-    training_flags(parser, RECIPES)
-    args = parser.parse_args(argv)
-    choose("model", args.model, SIZES)
-    choose("normalisation", args.normalisation, NORMALISATION)
+    """The settings: what the flags say, else what the recipe says."""
+    parser = new_parser(__doc__, DEFAULTS | RECIPES["digits"])
+    at_least_0 = number(float, least=0)
+    parser.add_argument("--recipe", choices=RECIPES, help="data, model and all hyperparameters")
+    parser.add_argument("--sigma", type=at_least_0, help="standard deviation of the noise, for pixels in [0, 1]")
+    parser.add_argument("--mask-ratio", type=number(float, least=0, below=1), help="share of patches dropped")
+    parser.add_argument("--loss-on", choices=("all", "dropped"), help="all patches (DMAE) or the dropped ones (MAE)")
+    parser.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, help="standardise each target patch")
+    parser.add_argument("--init", help="pre-training checkpoint to start from (optimizer and schedule start anew)")
+    parser.add_argument("--holdout", type=at_least_0, help="training images kept for pictures: share or number")
+    parser.add_argument("--augment", choices=("none", "shift", "flip", "shift-flip", "resized-crop"))
+    add_training_flags(parser)
+    add_run_flags(parser)
+    given = vars(parser.parse_args(argv))
+
+    recipe = given.get("recipe", "digits")
+    named = dict(recipe=recipe, out=f"runs/{recipe}")
+    args = argparse.Namespace(**DEFAULTS | RECIPES[recipe] | named | given)
     require(args.mask_ratio > 0 or args.loss_on == "all", "--loss-on dropped needs a --mask-ratio above 0")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# Data, model, optimizer
+# ----------------------------------------------------------------------------------------------------------
 
 
-def make_augment(kind, size, from_files):
+def make_augment(kind, images):
     """The augmentation called `kind`: of batches in memory, or ("resized-crop") of single pictures from files."""
     if kind == "none":
         return None
+    from_files = images.files is not None
     require((kind == "resized-crop") == from_files,
             f"--augment {kind} is for pictures of {'at most' if from_files else 'more than'} 64 pixels")
-    if kind == "resized-crop":
-        return v2.Compose([ResizedCrop(size, scale=(0.2, 1)), v2.RandomHorizontalFlip()])
-    return shift_and_flip(size // 8 if "shift" in kind else 0, "flip" in kind)
+    if from_files:
+        bicubic = v2.InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(images.size, scale=(0.2, 1), interpolation=bicubic)
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return shift_and_flip(images.size // 8 if "shift" in kind else 0, "flip" in kind)
 
 
-def draw_corruption(images, patches, *position):
-    """Noise (B, C, H, W) and mask_noise (B, N) of a position (seed, step, micro-batch, rank)."""
-    torch.manual_seed(seed_of(*position))
-    return torch.randn_like(images), torch.rand(len(images), patches, device=images.device)
+def build_model(args, device):
+    """The autoencoder, with the weights of --init if there are any, on the device."""
+    torch.manual_seed(args.seed)
+    model = build_dmae(
+        args.model,
+        image_size=args.model_size or args.image_size,
+        norm_pix=args.norm_pix,
+        loss_on=args.loss_on,
+        **NORMALISATION[args.normalisation],
+    )
+    kept = int(math.prod(model.grid) * (1 - args.mask_ratio))
+    require(kept > 0, f"--mask-ratio {args.mask_ratio} keeps no patch at all")
+    if args.init:
+        load_weights(model, read_checkpoint(args.init)["model"], args.init)
+    model.recompute_activations = args.recompute
+    return model.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def build_optimizer(model, args):
+    """AdamW at the peak learning rate, base_lr * batch / 256; weight decay on matrices alone."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for name, p in trained if decays(name, p)], weight_decay=args.weight_decay),
+        dict(params=[p for name, p in trained if not decays(name, p)], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=args.base_lr * args.batch / 256, betas=(0.9, 0.95), fused=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def reconstruct(model, clean, prediction):
     """Predicted patches (B, N, P*P*C) as images (B, C, H, W) in [0, 1]; norm-pix is undone with the clean patches."""
     if model.norm_pix:
-        model.norm_pix = False
-        target = model.target(clean)
-        model.norm_pix = True
-        prediction = prediction * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
-    return (unpatchify(prediction, model.patch_size, model.grid) * model.std + model.mean).clamp(0, 1)
+        patches = patchify(model.prepare(clean), model.patch_size)                   # B N P*P*C
+        deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        prediction = prediction * deviation + patches.mean(dim=-1, keepdim=True)
+    normalised = unpatchify(prediction, model.patch_size, model.grid)                # B C H W
+    return (normalised * model.std + model.mean).clamp(0, 1)
 
 
 @torch.no_grad()
 def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
     """A grid with a column per image: clean, noisy, noisy and masked (dropped patches grey), reconstruction."""
     noise, mask_noise = draw_corruption(clean, math.prod(model.grid), seed)
-    _, prediction, mask = model.eval()(clean, sigma, mask_ratio, noise, mask_noise)
+    model.eval()
+    _, prediction, mask = model(clean, sigma, mask_ratio, noise, mask_noise)
     model.train()
-    pixels = repeat(mask, "b n -> b n d", d=model.patch_size**2 * clean.shape[1])
-    mask = F.interpolate(unpatchify(pixels, model.patch_size, model.grid), clean.shape[-2:])
+    pixels = repeat(mask, "b n -> b n d", d=model.patch_size**2 * clean.shape[1])    # B N P*P*C
+    dropped = F.interpolate(unpatchify(pixels, model.patch_size, model.grid), clean.shape[-2:])
     noisy = clean + sigma * noise
-    output = F.interpolate(reconstruct(model, clean, prediction), clean.shape[-2:])
-    rows = {"clean": clean, f"noise\n$\\sigma$ = {sigma:g}": noisy,
-            f"and {mask_ratio:.0%}\ndropped:\nthe input": noisy * (1 - mask) + 0.5 * mask, "recon-\nstruction": output}
+    rows = {
+        "clean": clean,
+        f"noise\n$\\sigma$ = {sigma:g}": noisy,
+        f"and {mask_ratio:.0%}\ndropped:\nthe input": noisy * (1 - dropped) + 0.5 * dropped,
+        "recon-\nstruction": F.interpolate(reconstruct(model, clean, prediction), clean.shape[-2:]),
+    }
     figure = Figure(figsize=(len(clean), len(rows)))
-    axes = figure.subplots(len(rows), len(clean), squeeze=False, gridspec_kw=dict(wspace=0.06, hspace=0.06))
+    close = dict(wspace=0.06, hspace=0.06)
+    axes = figure.subplots(len(rows), len(clean), squeeze=False, gridspec_kw=close)
     for line, (title, images) in zip(axes, rows.items(), strict=True):
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10)
-        for axis, image in zip(line, rearrange(images.float().cpu().clamp(0, 1), "b c h w -> b h w c").numpy(), strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        pictures = rearrange(images.float().cpu().clamp(0, 1), "b c h w -> b h w c").numpy()
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
-def draw_loss(path, rows):
+def draw_loss(path, log_file):
+    rows = [json.loads(line) for line in Path(log_file).read_text().splitlines()]
     figure = Figure(figsize=(6, 3.6))
     axis = figure.subplots()
     axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#0072b2")
@@ -232,142 +281,664 @@ def draw_loss(path, rows):
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
-@command
-def main(argv):
-    args = parse(argv)
+def draw_corruption(images, patches, *position):
+    """Noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) of a position (seed, step, micro-batch, rank)."""
+    torch.manual_seed(seed_of(*position))
+    return torch.randn_like(images), torch.rand(len(images), patches, device=images.device)
+
+
+def reconstruction_loss(network, images, args, *position):
+    """The loss of the corruption that belongs to `position`, for clean images (B, C, H, W) in [0, 1]."""
+    patches = (args.model_size or args.image_size) // SIZES[args.model]["patch_size"]
+    noise, mask_noise = draw_corruption(images, patches**2, *position)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        loss, _, _ = network(images, args.sigma, args.mask_ratio, noise, mask_noise)
+    return loss
+
+
+def train_step(network, optimizer, batches, levels, micro_batches, args, step, rank):
+    """One optimizer step on the mean loss of all micro-batches; returns this process's share of it."""
+    total = 0.0
+    for micro in range(micro_batches):
+        pixels, _ = next(batches)                                                    # B C H W
+        with accumulating(network, more_to_come=micro < micro_batches - 1):
+            loss = reconstruction_loss(network, pixels / levels, args, args.seed, step, micro, rank)
+            (loss / micro_batches).backward()
+        total = total + loss.detach() / micro_batches
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def show_progress(files, model, images, held_out, args, device):
+    """The loss so far, and reconstructions of held-out images, as pictures beside the log."""
+    shown = evenly_spaced(held_out, 10).tolist()
+    clean = torch.stack([images.read(i) for i in shown]).to(device) / images.levels
+    draw_loss(f"{files.stem}.loss.png", files.log_file)
+    draw_reconstructions(f"{files.stem}.png", model, clean, args.sigma, args.mask_ratio, args.seed)
+
+
+def pretrain(args):
+    """The stage, from the first image to the last checkpoint."""
     rank, world, device = start_processes(args.device)
-    torch.use_deterministic_algorithms(args.deterministic)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                       # what cuBLAS asks for
-    say = print if rank == 0 else lambda *_: None
+    use_deterministic_kernels(args.deterministic)
+    files = RunFiles(f"{args.out}/pretrain")
 
-    # data
-    size = SIZES[args.model]
-    data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=size["channels"],
-                holdout=args.holdout)
-    train, held = (open_images(split=split, device=device, **data) for split in ("train", "holdout"))
-    train.augment, train.seed = make_augment(args.augment, args.image_size, bool(train.files)), args.seed
-    device_batch, accumulate = share_batch(args.batch, world, args.device_batch)
-    require(len(train) >= args.batch, f"{len(train)} training images are fewer than one batch of {args.batch}")
-    per_epoch = len(train) // args.batch
-    steps, warmup = int(args.epochs * per_epoch), int(args.warmup_epochs * per_epoch)
-    require(steps > 0, f"--epochs {args.epochs:g} makes no step of {args.batch} images")
-    peak = args.base_lr * args.batch / 256
+    # Data: which images, in which batches.
+    channels = SIZES[args.model]["channels"]
+    images = open_images(args.dataset, args.data_path, True, args.image_size, channels)
+    keep_small_images(images, device)
+    train, held_out = hold_out(images, args.holdout)
+    augment = make_augment(args.augment, images)
+    steps_per_epoch, steps, warmup = count_steps(args, len(train))
+    device_batch, micro_batches = share_batch(args.batch, world, args.device_batch)
 
-    # model
-    torch.manual_seed(args.seed)
-    normalisation = NORMALISATION[args.normalisation]
-    require(len(normalisation["mean"]) == size["channels"],
-            f"--normalisation {args.normalisation} is not for {size['channels']} channels")
-    model = build_dmae(args.model, image_size=args.model_size or args.image_size, norm_pix=args.norm_pix, loss_on=args.loss_on,
-                       **normalisation)
-    require(int(math.prod(model.grid) * (1 - args.mask_ratio)) > 0, f"--mask-ratio {args.mask_ratio} keeps no patch at all")
-    if args.init:
-        load_weights(model, read_checkpoint(args.init)["model"], args.init)
-    model.recompute_activations = args.recompute
-    model.to(device)
-    args.dtype = pick_dtype(args.dtype, model, device, world)
-    settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
-
-    # optimizer
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [dict(params=[p for name, p in named if decays(name, p)], weight_decay=args.weight_decay),
-              dict(params=[p for name, p in named if not decays(name, p)], weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
-
-    # one micro-batch
-    if args.compile if args.compile is not None else device.type == "cuda":
+    # Network and optimizer.
+    model = build_model(args, device)
+    optimizer = build_optimizer(model, args)
+    peak = optimizer.defaults["lr"]
+    args.dtype = pick_dtype(args.dtype, device, read_settings(f"{files.stem}.json", args.overwrite))
+    if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
+    say(f"{args.model}: {count_trained(model):,} trained parameters on {world} x {device.type} in {args.dtype}; "
+        f"{len(train):,} images; {steps:,} steps of {world} x {micro_batches} x {device_batch} = {args.batch} images; "
+        f"lr {peak:.3g}")
 
-    def load_batches(start):
-        positions = training_positions(len(train), args.batch, device_batch, start, steps, args.seed, rank, world)
-        return train.load(positions, device, args.workers)
+    # Everything that a later stage, or this one after a stop, has to know.
+    settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
+    data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=channels,
+                holdout=args.holdout, classes=images.classes)
+    about = dict(kind="pretrain", config=model.config, data=data, settings=settings)
 
-    def micro_loss(pixels, *position):
-        images = pixels / train.levels                                                    # B C H W in [0, 1]
-        noise, mask_noise = draw_corruption(images, math.prod(model.grid), args.seed, *position, rank)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-            return network(images, args.sigma, args.mask_ratio, noise, mask_noise)[0]
+    def batches_of(start, end):
+        positions = training_positions(train, args.batch, device_batch, start, end, args.seed, rank, world)
+        return load_batches(images, positions, device, augment, args.seed, args.workers)
 
-    say(f"{args.model}: {sum(p.numel() for _, p in named):,} trained parameters on {world} x {device.type} in "
-        f"{args.dtype}; {len(train):,} images; {steps:,} steps of {world} x {accumulate} x {device_batch} = "
-        f"{args.batch} images; lr {peak:.3g}")
     if args.dry_run:
-        pixels, _ = next(load_batches(0))
-        say(json.dumps(settings, indent=1), cost(lambda: micro_loss(pixels, 0, 0), model, device_batch), sep="\n")
-        return optimizer.step()
+        say(json.dumps(settings, indent=1))
+        train_step(network, optimizer, batches_of(0, 1), images.levels, micro_batches, args, 0, rank)
+        return
 
-    # run directory
-    run = Run(args.out, "pretrain", settings, FREE, rank, world, resume=args.resume, overwrite=args.overwrite)
-    if run.done:
-        return say(f"{run.result} is done; --out elsewhere or --overwrite to do it again")
-    state, start = run.load(), 0
-    if state:
-        load_weights(model, state["model"], run.last)
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        say(f"continuing {run.last} after step {start}")
+    with run_directory(files.stem, settings, MAY_CHANGE, files.result, args.overwrite):
+        if files.result.exists():
+            say(f"{files.result} is done; --out elsewhere or --overwrite to do it again")
+            return
+        start, _ = files.resume(model, optimizer)
+        batches = batches_of(start, steps)
+        total, counted = 0.0, 0
+        bar = tqdm(total=steps, initial=start, desc="pretrain", disable=None if rank == 0 else True)
+        for step in range(start, steps):
+            lr = learning_rate(step, steps, warmup, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            total += train_step(network, optimizer, batches, images.levels, micro_batches, args, step, rank)
+            counted += 1
+            bar.update()
 
-    def checkpoint(step, path, **more):
-        weights = {name: value.cpu() for name, value in model.state_dict().items()}
-        run.save(path, weights, kind="pretrain", config=model.config, data=data | {"classes": train.classes},
-                 settings=settings, step=step, **more)
+            done = step + 1
+            saving = done % args.save_every == 0 or done == steps
+            if saving or done % args.log_every == 0:
+                files.log_loss(total / counted, done, steps, steps_per_epoch, lr, bar)
+                total, counted = 0.0, 0
+            if saving and rank == 0:
+                show_progress(files, model, images, held_out, args, device)
+                files.save(files.last, model, step=done, optimizer=optimizer.state_dict(), **about)
+        bar.close()
+        files.finish(model, step=steps, **about)
 
-    def pictures():
-        if rank == 0:
-            rows = [json.loads(row) for row in run.log_file.read_text().splitlines()]
-            draw_loss(run.file(".loss.png"), rows)
-            some = torch.linspace(0, len(held) - 1, min(10, len(held))).long().tolist()   # class folders are sorted by class
-            clean = torch.stack([held.read(i) for i in some]).to(device) / held.levels
-            draw_reconstructions(run.file(".png"), model, clean, args.sigma, args.mask_ratio, args.seed)
 
-    batches = load_batches(start)
-    total = torch.zeros((), device=device)
-    bar = tqdm(total=steps, initial=start, desc="pretrain", disable=None if rank == 0 else True)
+def main(argv=None):
+    with one_line_errors():
+        pretrain(parse(argv))
+
+
+# ==========================================================================================================
+# The same in pretrain.py and finetune.py: flags, the order of the data, log and checkpoints
+# ==========================================================================================================
+
+
+def add_training_flags(parser):
+    """Data, network and optimizer."""
+    count = number(int, least=1)
+    share = number(float, least=0)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--dataset", choices=DATASETS, help="folder: a folder for each class in PATH/train, PATH/val")
+    parser.add_argument("--data-path", help="where the data set lies")
+    parser.add_argument("--image-size", type=count, help="resolution at which noise is added, in pixels")
+    parser.add_argument("--normalisation", choices=NORMALISATION, help="whose mean and standard deviation")
+    parser.add_argument("--model", choices=SIZES, help="the network's size")
+    parser.add_argument("--model-size", type=count, help="resolution to which the network resizes; None: not at all")
+    parser.add_argument("--batch", type=count, help="effective batch, over all processes, images")
+    parser.add_argument("--device-batch", type=count, help="largest batch of one process at a time, images")
+    parser.add_argument("--epochs", type=number(float, above=0), help="epochs")
+    parser.add_argument("--warmup-epochs", type=share, help="epochs of linear warm-up")
+    parser.add_argument("--base-lr", type=number(float, above=0), help="learning rate per 256 images of the batch")
+    parser.add_argument("--weight-decay", type=share, help="AdamW's")
+    parser.add_argument("--log-every", type=count, help="steps between log rows")
+    parser.add_argument("--save-every", type=count, help="steps between checkpoints")
+    parser.add_argument("--deterministic", action=switch, help="deterministic kernels only: same bits on a GPU, too")
+    parser.add_argument("--recompute", action=switch, help="recompute activations backwards, to save memory")
+    parser.add_argument("--workers", type=number(int, least=0), help="processes that read pictures, per process")
+    parser.add_argument("--dry-run", action=switch, help="print settings and sizes, run one step, and end")
+
+
+def seed_of(*position):
+    """A 32-bit seed for a position such as (seed, step, micro-batch, rank)."""
+    return int(np.random.SeedSequence([len(position), *position]).generate_state(1)[0])
+
+
+@functools.lru_cache(maxsize=2)
+def order_of(epoch, size, seed):
+    """A permutation of 0..size - 1."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+
+
+@functools.lru_cache(maxsize=2)
+def uniforms_of(epoch, size, seed):
+    """Four uniform numbers to augment each image with, (size, 4)."""
+    return torch.rand(size, 4, generator=torch.Generator().manual_seed(seed_of(seed, epoch, size)))
+
+
+def training_positions(index, batch, device_batch, start, steps, seed, rank, world):
+    """Yield [(epoch, image), ...] for every micro-batch of this rank in steps start..steps - 1.
+
+    Step s takes the next `batch` of the images `index` (m,) in its epoch's order, whatever the number of processes,
+    and deals them to the ranks in device batches, one micro-batch after the other. An epoch's rest is left out.
+    """
     for step in range(start, steps):
-        lr = learning_rate(step, steps, warmup, peak)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for micro in range(accumulate):
-            last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else network.no_sync():
-                loss = micro_loss(next(batches)[0], step, micro)
-                (loss / accumulate).backward()
-            total += loss.detach() / accumulate
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.update()
-        done = step + 1
-        if done % args.log_every and done < steps:
-            continue
-        # every log_every steps the ranks meet: to average the loss, to notice a signal, to write a checkpoint
-        since = (done - 1) % args.log_every + 1
-        loss, interrupted = gather([total.item() / since, max(INTERRUPT, default=0)], world)
-        loss = loss.mean().item()
+        epoch, place = divmod(step, len(index) // batch)
+        order = order_of(epoch, len(index), seed)
+        share = index[order[place * batch:(place + 1) * batch]].tolist()
+        for first in range(rank * device_batch, batch, world * device_batch):
+            yield [(epoch, image) for image in share[first:first + device_batch]]
+
+
+def share_batch(batch, world, largest):
+    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <= largest."""
+    require(batch % world == 0, f"a batch of {batch} cannot be divided by {world} processes")
+    share = batch // world
+    device_batch = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
+    return device_batch, share // device_batch
+
+
+def count_steps(args, images):
+    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is left out."""
+    require(images >= args.batch, f"{images} training images are fewer than one batch of {args.batch}")
+    per_epoch = images // args.batch
+    steps = int(args.epochs * per_epoch)
+    require(steps > 0, f"--epochs {args.epochs:g} makes no step of {args.batch} images")
+    return per_epoch, steps, int(args.warmup_epochs * per_epoch)
+
+
+def shift_and_flip(shift, flip):
+    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to right.
+
+    augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
+    """
+
+    def augment(pixels, uniforms):
+        side = torch.arange(pixels.shape[-1], device=pixels.device)                  # S
+        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift                 # B 2, from -shift to shift
+        y = side + offsets[:, :1]                                                    # B S, source rows
+        x = side + offsets[:, 1:]                                                    # B S, source columns
+        if flip:
+            x = torch.where(uniforms[:, 2:3] < 0.5, x.flip(1), x)
+        y = y.clamp(0, len(side) - 1)[:, None, :, None]                              # B 1 S 1
+        x = x.clamp(0, len(side) - 1)[:, None, None, :]                              # B 1 1 S
+        image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
+        channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
+        return pixels[image, channel, y, x]                                          # B C S S
+
+    return augment
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pictures from files, augmented one by one: item (epoch, i) draws from (seed, epoch, i) alone."""
+
+    def __init__(self, images, augment, seed):
+        self.images = images
+        self.augment = augment
+        self.seed = seed
+
+    def __getitem__(self, position):
+        epoch, i = position
+        if self.augment is None:
+            return self.images.read(i), self.images.labels[i]
+        torch.manual_seed(seed_of(self.seed, epoch, i))
+        picture = read_picture(self.images.files[i], self.images.channels)
+        return self.augment(picture), self.images.labels[i]            # C S S, ()
+
+
+def load_batches(images, positions, device, augment=None, seed=0, workers=0):
+    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in `positions`.
+
+    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are files.
+    """
+    if images.files is not None:
+        pictures = Pictures(images, augment, seed)
+        pinned = device.type == "cuda"
+        loader = torch.utils.data.DataLoader(pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned)
+        for pixels, labels in loader:
+            yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return
+    for batch in positions:
+        epoch, _ = batch[0]
+        index = torch.tensor([i for _, i in batch])
+        pixels = images.pixels[index.to(images.pixels.device)].to(device)
+        if augment is not None:
+            pixels = augment(pixels, uniforms_of(epoch, len(images), seed)[index].to(device))
+        yield pixels, images.labels[index].to(device)
+
+
+def keep_small_images(images, device):
+    """Images of at most 64 pixels stay in the device's memory."""
+    if images.size <= 64:
+        if images.files is not None:
+            images.pixels = torch.stack([images.read(i) for i in range(len(images))])
+            images.files = None
+        images.pixels = images.pixels.to(device)
+    return images
+
+
+def hold_out(images, holdout):
+    """(indices to train on, indices held out): a fixed random part, a share below 1 or a number of images."""
+    held = round(holdout * len(images)) if holdout < 1 else int(holdout)
+    if held == 0:
+        return torch.arange(len(images)), torch.arange(len(images))
+    require(held < len(images), f"cannot hold out {held} of {len(images)} training images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def evenly_spaced(index, count):
+    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of one."""
+    return index[torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64).long()]
+
+
+def use_deterministic_kernels(wanted):
+    torch.use_deterministic_algorithms(wanted)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # what cuBLAS asks for
+
+
+def accumulating(network, more_to_come):
+    """Inside, while more micro-batches are to come, gradients are not exchanged between processes."""
+    if more_to_come and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()
+
+
+def count_trained(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class RunFiles:
+    """A run's log NAME.jsonl, NAME.last.pt to resume from, and its result NAME.pt. Rank 0 writes them."""
+
+    def __init__(self, stem):
+        self.stem = stem
+        self.log_file = Path(f"{stem}.jsonl")
+        self.last = Path(f"{stem}.last.pt")
+        self.result = Path(f"{stem}.pt")
+        self.rows = 0
+        self.start = time.time()
+
+    def resume(self, model, optimizer):
+        """Go on from .last.pt: (step, all that it holds), or (0, None). The log is cut back to that moment."""
+        state = read_checkpoint(self.last) if self.last.exists() else None
+        rows = self.log_file.read_text().splitlines(keepends=True)[:state["rows"]] if state else []
+        gather([0])                                                    # all have read before rank 0 writes
+        if is_rank_zero():
+            write_atomically(self.log_file, lambda path: path.write_text("".join(rows)))
+        if state is None:
+            return 0, None
+        self.rows = len(rows)
+        self.start = time.time() - (json.loads(rows[-1])["time"] if rows else 0)
+        load_weights(model, state["model"], self.last)
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"continuing {self.last} after step {state['step']}")
+        return state["step"], state
+
+    def log(self, **row):
+        """Append a row, with the seconds since the run began (less its pauses), and return it."""
+        row["time"] = round(time.time() - self.start, 3)
+        self.rows += 1
+        if is_rank_zero():
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+    def log_loss(self, loss, done, steps, per_epoch, lr, bar):
+        """Log the mean of the ranks' losses, and show it; where it is not finite, the run ends."""
+        loss = gather([float(loss)]).mean().item()
         if not math.isfinite(loss):
-            raise UsageError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the checkpoint before it stays", status=1)
-        total.zero_()
-        row = run.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
+            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the checkpoint before it stays")
+        row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
         bar.set_postfix(loss=f"{loss:.4f}")
         if bar.disable:
             say(f"step {done}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {row['time']:.0f} s")
-        if done // args.save_every > (done - since) // args.save_every or interrupted.any() or done == steps:
-            pictures()
-            checkpoint(done, run.last, optimizer=optimizer.state_dict())
-        if interrupted.any():
-            say(f"stopped by signal {int(interrupted.max())} after step {done}; the same command continues")
-            raise SystemExit(128 + int(interrupted.max()))
-    bar.close()
-    checkpoint(steps, run.result)
-    if rank == 0:
-        run.last.unlink(missing_ok=True)
-    say(f"wrote {run.result} in {time.time() - run.start:.0f} s")
+
+    def save(self, path, weights, **rest):
+        """Write a checkpoint of `weights`, a model or a state dict, unless one of them is not finite."""
+        if not is_rank_zero():
+            return
+        if isinstance(weights, torch.nn.Module):
+            weights = copy_of_weights(weights)
+        for name, value in weights.items():
+            if not value.isfinite().all():
+                raise RunError(f"{name} is not finite: nothing saved, what {self.last} holds stays")
+        content = {"model": weights, "rows": self.rows, **rest}
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def finish(self, weights, **rest):
+        """Write the result; there is nothing to resume any more."""
+        self.save(self.result, weights, **rest)
+        if is_rank_zero():
+            self.last.unlink(missing_ok=True)
+        say(f"wrote {self.result} in {time.time() - self.start:.0f} s")
+
+
+def copy_of_weights(model):
+    """The state dict on the CPU, which later steps do not change."""
+    return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+# ==========================================================================================================
+# The end of what pretrain.py and finetune.py share
+# ==========================================================================================================
+
+
+# ==========================================================================================================
+# The same in pretrain.py, finetune.py and certify.py: errors, flags, processes, files, data sets
+# ==========================================================================================================
+
+DATASETS = ("digits", "cifar10", "folder")
+
+
+class RunError(Exception):
+    """What broke in the middle of a run, in one sentence."""
+
+
+def require(condition, sentence):
+    if not condition:
+        raise ValueError(sentence)
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that broke."""
+    script = Path(__file__).name
+    try:
+        yield
+    except (ValueError, RunError, OSError) as error:
+        sentence = str(error).strip().splitlines()[-1]                 # a data worker's comes with its traceback
+        print(f"{script}: error: {sentence.split('RunError: ')[-1]}", file=sys.stderr, flush=True)
+        wrong_use = isinstance(error, ValueError | FileNotFoundError)
+        raise SystemExit(2 if wrong_use else 1) from None
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted; the same command continues", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def new_parser(doc, defaults):
+    """An argparse parser that returns the flags that were given and no others: defaults come from the recipe."""
+    listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
+    parser = argparse.ArgumentParser(
+        description=doc,
+        epilog=textwrap.fill(f"default values, of --recipe digits: {listed}", width=100),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.suggest_on_error = True                                     # from Python 3.14 on
+    parser.error = functools.partial(require, False)                   # one line, without the list of all flags
+    return parser
+
+
+def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
+    """An argparse type: an int or a float x with above < x < below and least <= x, never nan or infinite."""
+
+    def number(text):                                                  # argparse calls a word an "invalid number"
+        value = kind(text)
+        if above < value < below and value >= least:
+            return value
+        limits = {"above": above, "at least": least, "below": below}
+        said = [f"{word} {limit:g}" for word, limit in limits.items() if abs(limit) < math.inf]
+        raise argparse.ArgumentTypeError(f"must be {' and '.join(said) or 'finite'}, not {text}")
+
+    return number
+
+
+def add_run_flags(parser):
+    """Where and how to run."""
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--out", help="run directory")
+    parser.add_argument("--overwrite", action=switch, help="delete this stage's earlier files in the run directory")
+    parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
+                        help="auto: bf16 autocast on GPUs that have it natively, else fp32")
+    parser.add_argument("--compile", action=switch, help="torch.compile; None: on GPUs")
+
+
+def is_rank_zero():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(*words):
+    """Print, once for all processes."""
+    if is_rank_zero():
+        print(*words, flush=True)
+
+
+def start_processes(device, timeout=None):
+    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    if device != "cpu":
+        there = torch.get_device_module(device).device_count()
+        require(local_rank < there, f"there is no {device} device for local process {local_rank}")
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    if world > 1 and not dist.is_initialized():
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun --max-restarts: without a prefix a new life may find the addresses of the dead one.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, world_size=world, rank=rank, store=store)
+        atexit.register(dist.destroy_process_group)
+    return rank, world, torch.device(device, local_rank if device == "cuda" else None)
+
+
+def gather(values):
+    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each other."""
+    own = torch.tensor(values, dtype=torch.float64)
+    if not dist.is_initialized():
+        return own[:, None]
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.stack(parts, dim=1)
+
+
+def pick_dtype(dtype, device, earlier):
+    """What "auto" stands for: the dtype that the run began with, else bf16 on GPUs that have it, else fp32."""
+    if dtype != "auto":
+        return dtype
+    if "dtype" in earlier:
+        return earlier["dtype"]
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                           # torch.save raises either
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+
+
+def read_settings(path, overwrite):
+    """The settings of an earlier run that goes on, or {}."""
+    if overwrite or not Path(path).exists():
+        return {}
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: use another --out, or --overwrite") from None
+
+
+@contextlib.contextmanager
+def run_directory(stem, settings, may_change, result, overwrite):
+    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to them.
+
+    A run that began with other settings (but for those that `may_change`) is refused. The file `result` says, by
+    being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    """
+    import filelock
+
+    folder, name = os.path.split(stem)
+    lock = filelock.FileLock(f"{folder}/.{name}.lock")
+    if is_rank_zero():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ValueError(f"{stem} is in use by another process") from None
+        if overwrite:
+            endings = (".json", ".jsonl", ".last.pt", ".pt", ".tsv")
+            for file in [*(f"{stem}{end}" for end in endings), *glob.glob(f"{glob.escape(stem)}.tsv.part*")]:
+                Path(file).unlink(missing_ok=True)
+        settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
+        before = read_settings(f"{stem}.json", overwrite)
+        other = []
+        for key in sorted({*before, *settings} - {*may_change}):
+            if before and before.get(key) != settings.get(key):
+                other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
+        require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+        if not result.exists():
+            write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+    gather([0])
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclasses.dataclass(eq=False)
+class Images:
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the middle."""
+
+    labels: torch.Tensor                                               # M
+    classes: list                                                      # the classes' names
+    size: int                                                          # S, pixels
+    channels: int                                                      # C
+    levels: int                                                        # the value of white
+    pixels: torch.Tensor | None = None                                 # M C S S
+    files: list | None = None                                          # M
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i):
+        if self.pixels is not None:
+            return self.pixels[i]                                      # C S S
+        return fit(read_picture(self.files[i], self.channels), self.size)
+
+
+def open_images(dataset, data_path, train, size, channels):
+    """The training or the test images of a data set.
+
+    digits: scikit-learn's, 8 x 8, 0 to 16. The last 360, by other writers, are the test images.
+    cifar10: torchvision's, in data_path; downloaded if need be.
+    folder: a folder for each class in data_path/train and in data_path/val or /test.
+    """
+    if dataset == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        part = slice(None, -360) if train else slice(-360, None)
+        pixels = torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None]
+        labels = torch.as_tensor(digits.target[part]).long()
+        images = Images(labels, [str(name) for name in digits.target_names], 8, 1, 16, pixels=pixels)
+
+    elif dataset == "cifar10":
+        from torchvision.datasets import CIFAR10
+
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            CIFAR10(data_path, download=True)
+        gather([0])                                                    # the others wait for the files
+        part = CIFAR10(data_path, train=train)
+        pixels = torch.from_numpy(part.data).movedim(3, 1).contiguous()
+        images = Images(torch.tensor(part.targets), part.classes, 32, 3, 255, pixels=pixels)
+
+    else:
+        from torchvision.datasets import ImageFolder
+
+        require(data_path, "--dataset folder needs a --data-path")
+        there = [part for part in ("train", "val", "test") if Path(data_path, part).is_dir()]
+        require("train" in there, f"there is no folder {data_path}/train")
+        require(len(there) > 1, f"there is no folder {data_path}/val or {data_path}/test")
+        part = ImageFolder(Path(data_path, "train" if train else there[1]))
+        files = [file for file, _ in part.samples]
+        folders = {os.path.dirname(file) for file in files}
+        require(len({os.path.realpath(folder) for folder in folders}) == len(folders),
+                f"{data_path} reaches a folder twice (a link's loop?)")
+        images = Images(torch.tensor(part.targets), part.classes, size, channels, 255, files=files)
+
+    require((images.size, images.channels) == (size, channels),
+            f"{dataset} has images of {images.channels} x {images.size} x {images.size}, the model takes "
+            f"{channels} x {size} x {size}")
+    return images
+
+
+def read_picture(file, channels):
+    """A picture file, upright, as uint8 (channels, any, any): RGB or grey."""
+    from torchvision.io import ImageReadMode, decode_image
+
+    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    try:
+        pixels = decode_image(file, mode, apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise RunError(f"cannot read the image {file}: {str(error).splitlines()[0]}") from None
+    if pixels.dtype != torch.uint8 or len(pixels) != channels:
+        raise RunError(f"cannot read the image {file}: it has {len(pixels)} channels of {pixels.dtype}")
+    return pixels
+
+
+def fit(picture, size):
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
+    from torchvision.transforms.v2 import functional as T
+
+    if picture.shape[1:] == (size, size):
+        return picture
+    picture = T.resize(picture, [round(size * 256 / 224)], T.InterpolationMode.BICUBIC)
+    return T.center_crop(picture, [size, size])
+
+
+# ==========================================================================================================
+# The end of what pretrain.py, finetune.py and certify.py share
+# ==========================================================================================================
 
 
 if __name__ == "__main__":
