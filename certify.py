@@ -53,7 +53,7 @@ from scipy.special import betaincc, betaln
 from scipy.stats import beta, binom, binomtest, norm
 
 ABSTAIN = -1
-CHUNK = 100                         # noise is always drawn for so many copies at once: other splits give other numbers
+CHUNK = 100                # noise is always drawn for so many copies at once: other splits give other numbers
 
 # ----------------------------------------------------------------------------------------------------------
 # Recipes
@@ -110,23 +110,32 @@ def parse(argv):
     count = number(int, least=1)
     at_least_0 = number(float, least=0)
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--sigma", type=number(float, above=0), help="standard deviation of the noise, pixels in [0, 1]")
-    parser.add_argument("--checkpoint", nargs="+", help="fine-tuned classifier; the logits of several are averaged")
-    parser.add_argument("--classifier", help="FILE.py:NAME, a callable from (B, C, H, W) in [0, 1] to logits, instead")
+    parser.add_argument("--sigma", type=number(float, above=0),
+                        help="standard deviation of the noise, pixels in [0, 1]")
+    parser.add_argument("--checkpoint", nargs="+",
+                        help="fine-tuned classifier; the logits of several are averaged")
+    parser.add_argument("--classifier",
+                        help="FILE.py:NAME, a callable from (B, C, H, W) in [0, 1] to logits, instead")
     parser.add_argument("--recipe", choices=RECIPES, help="data set, n, radii")
     parser.add_argument("--dataset", choices=DATASETS)
     parser.add_argument("--data-path", help="where the data set lies")
     parser.add_argument("--image-size", type=count, help="side of the images, pixels")
     parser.add_argument("--n0", type=count, help="noisy copies that select the class")
-    parser.add_argument("--n", type=count, help="noisy copies that estimate its probability; at most, if --sequential")
+    parser.add_argument("--n", type=count,
+                        help="noisy copies that estimate its probability; at most, if --sequential")
     parser.add_argument("--alpha", type=number(float, above=0, below=1), help="chance of a wrong certificate")
     parser.add_argument("--skip", type=count, help="certify every SKIP-th test image")
     parser.add_argument("--max", type=count, help="certify at most so many")
-    parser.add_argument("--shard", help="I/K: certify the I-th of K parts (from 0), for job arrays; --report merges them")
-    parser.add_argument("--radii", type=at_least_0, nargs="+", help="radii of the table, and that --sequential settles")
-    parser.add_argument("--sequential", action=switch, help="stop drawing once the radii of the table are settled")
-    parser.add_argument("--boundary-tolerance", type=at_least_0, help="let --sequential stop this near a radius")
-    parser.add_argument("--sound", action=switch, help="integer noise: sound in floating point; images on their grid")
+    parser.add_argument("--shard",
+                        help="I/K: certify the I-th of K parts (from 0), for job arrays; --report merges them")
+    parser.add_argument("--radii", type=at_least_0, nargs="+",
+                        help="radii of the table, and that --sequential settles")
+    parser.add_argument("--sequential", action=switch,
+                        help="stop drawing once the radii of the table are settled")
+    parser.add_argument("--boundary-tolerance", type=at_least_0,
+                        help="let --sequential stop this near a radius")
+    parser.add_argument("--sound", action=switch,
+                        help="integer noise: sound in floating point; images on their grid")
     parser.add_argument("--any-sigma", action=switch, help="allow another sigma than the one fine-tuned for")
     parser.add_argument("--images", nargs="+", help="certify these pictures and print the outcome")
     parser.add_argument("--report", nargs="+", help="print the table of these TSVs, ours or others'")
@@ -218,8 +227,8 @@ def check(args):
 def lower_confidence_bound(k, n, alpha):
     """Clopper-Pearson: p with P[p <= P(success)] >= 1 - alpha, after k successes in n independent trials.
 
-    The alpha quantile of Beta(k, n - k + 1); 0 when k = 0, alpha^(1/n) when k = n. (Clopper & Pearson 1934; Cohen 2019,
-    section 3.2.2, LowerConfBound.)
+    The alpha quantile of Beta(k, n - k + 1); 0 when k = 0, alpha^(1/n) when k = n. (Clopper & Pearson 1934;
+    Cohen 2019, section 3.2.2, LowerConfBound.)
     """
     if k == 0:
         return 0.0
@@ -227,9 +236,11 @@ def lower_confidence_bound(k, n, alpha):
 
 
 def certified_radius(p_a, sigma, p_b=None):
-    """sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), or sigma Phi^-1(p_a) with p_b = 1 - p_a; 0 where p_a <= p_b (theorem 1).
+    """sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), or sigma Phi^-1(p_a) with p_b = 1 - p_a; 0 where p_a <= p_b
+    (theorem 1).
 
-    p_a: lower bound of the top class's probability; p_b: upper bound of any other's. The radius is in pixels' units.
+    p_a: lower bound of the top class's probability; p_b: upper bound of any other's. The radius is in
+    pixels' units.
     """
     if p_b is None:
         p_b = 1 - p_a
@@ -244,11 +255,12 @@ def round_down(radius):
 def generator_for(seed, index, phase, device):
     """The random stream of one (image, phase): 0 selects, 1 estimates, 2 predicts.
 
-    Injective into 32 bits for one seed, since the CPU generator looks at no more: two images never share their noise.
+    Injective into 32 bits for one seed, since the CPU generator looks at no more: two images never share
+    their noise.
     """
     key = 4 * index + phase
     require(0 <= key < 2**32, f"image index {index} is too large")
-    for word in (seed, 0x9E3779B9):                                    # each line is a bijection of 32-bit numbers
+    for word in (seed, 0x9E3779B9):                               # each line is a bijection of 32-bit numbers
         key = (key + word * 0x85EBCA6B) % 2**32
         key = (key ^ (key >> 16)) * 0x7FEB352D % 2**32
         key = (key ^ (key >> 15)) * 0x846CA68B % 2**32
@@ -258,9 +270,11 @@ def generator_for(seed, index, phase, device):
 
 @torch.inference_mode()
 def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK):
-    """How often f answers each class on n copies x + sigma N(0, I): int64 (classes,). (Cohen's SampleUnderNoise.)
+    """How often f answers each class on n copies x + sigma N(0, I): int64 (classes,). (Cohen's
+    SampleUnderNoise.)
 
-    Noise is drawn for CHUNK copies at a time, and f always sees `batch` copies: the counts do not depend on n's rest.
+    Noise is drawn for CHUNK copies at a time, and f always sees `batch` copies: the counts do not depend on
+    n's rest.
     """
     chunks = max(1, batch // CHUNK)
     counts = 0
@@ -276,10 +290,10 @@ def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK):
 def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
     """CERTIFY (Cohen 2019, section 3.2.2): (prediction, radius) for one image; (-1, 0.0) is an abstention.
 
-    x (C, H, W) in [0, 1], on the device where it is to run. classifier: any callable from (B, C, H, W) to logits
-    (B, classes); put it into eval mode before. With probability at least 1 - alpha over the noise (its stream is that
-    of seed and index), g answers `prediction` wherever |d|_2 < radius, in units of pixels. Give every image an `index`
-    of its own: images that share one share their noise.
+    x (C, H, W) in [0, 1], on the device where it is to run. classifier: any callable from (B, C, H, W) to
+    logits (B, classes); put it into eval mode before. With probability at least 1 - alpha over the noise
+    (its stream is that of seed and index), g answers `prediction` wherever |d|_2 < radius, in units of
+    pixels. Give every image an `index` of its own: images that share one share their noise.
     """
     # n0 copies choose the class.
     selection = count_under_noise(classifier, x, sigma, n0, generator_for(seed, index, 0, x.device), batch)
@@ -293,13 +307,17 @@ def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=
 
 
 def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
-    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability at most alpha. Arguments as certify's."""
+    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability at most alpha. Arguments as
+    certify's.
+    """
     counts = count_under_noise(classifier, x, sigma, n, generator_for(seed, index, 2, x.device), batch)
     return clear_winner(counts, alpha)
 
 
 def clear_winner(counts, alpha):
-    """The class with the most counts (classes,), or -1 unless a two-sided binomial test tells the top two apart."""
+    """The class with the most counts (classes,), or -1 unless a two-sided binomial test tells the top two
+    apart.
+    """
     order = counts.numpy().argsort(kind="stable")[::-1]
     first, second = int(counts[order[0]]), int(counts[order[1]])
     if binomtest(first, first + second, 0.5).pvalue > alpha:
@@ -313,12 +331,14 @@ def clear_winner(counts, alpha):
 
 
 def log_e_value(k, n, p):
-    """Log of the evidence against P[success] <= p after k successes in n trials: a test that may be looked at any time.
+    """Log of the evidence against P[success] <= p after k successes in n trials: a test that may be looked
+    at any time.
 
-    E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2) density restricted to
-    (p, 1]. For each q > p the likelihood ratio is multiplied, at the next trial, by q/p or (1-q)/(1-p); if P[success] = s
-    <= p its mean is s q/p + (1-s)(1-q)/(1-p) <= 1, with equality at s = p. So the ratio, and its average E, is a
-    non-negative supermartingale that starts at 1, and by Ville's inequality P[E ever reaches 1/alpha] <= alpha.
+    E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2) density
+    restricted to (p, 1]. For each q > p the likelihood ratio is multiplied, at the next trial, by q/p or
+    (1-q)/(1-p); if P[success] = s <= p its mean is s q/p + (1-s)(1-q)/(1-p) <= 1, with equality at s = p. So
+    the ratio, and its average E, is a non-negative supermartingale that starts at 1, and by Ville's
+    inequality P[E ever reaches 1/alpha] <= alpha.
     """
     a, b = 0.5 + k, 0.5 + n - k
     with np.errstate(divide="ignore"):
@@ -352,19 +372,22 @@ class FixedN:
         return self.n
 
     def decide(self, k, n, bound):
-        """(lower bound of P[f = c_A], whether to stop) after k in n draws; `bound` is that of the look before."""
+        """(lower bound of P[f = c_A], whether to stop) after k in n draws; `bound` is that of the look
+        before.
+        """
         return lower_confidence_bound(k, n, self.alpha), True
 
 
 class Sequential:
-    """Looks again and again, at most until n draws, and stops when the radii that a table asks for are settled.
+    """Looks again and again, at most until n draws, and stops when the radii that a table asks for are
+    settled.
 
-    An image stops when the largest of `radii` is certified; when the next one up is futile, that is, the evidence
-    against P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: the bounds hold wherever one stops); or when
-    its radius is known to lie within `tolerance` of that r. Half of alpha is spent on the anytime bounds, which hold at
-    all looks at once, so that their running maximum does; the other half on a Clopper-Pearson bound at n, for the images
-    that get there. So all bounds hold with probability 1 - alpha, and images next to a radius of the table are not
-    judged by the looser one.
+    An image stops when the largest of `radii` is certified; when the next one up is futile, that is, the
+    evidence against P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: the bounds hold wherever
+    one stops); or when its radius is known to lie within `tolerance` of that r. Half of alpha is spent on
+    the anytime bounds, which hold at all looks at once, so that their running maximum does; the other half
+    on a Clopper-Pearson bound at n, for the images that get there. So all bounds hold with probability 1 -
+    alpha, and images next to a radius of the table are not judged by the looser one.
     """
 
     def __init__(self, n, alpha, sigma, radii, tolerance=0.0, first=1000, growth=1.1, futility=100.0):
@@ -430,13 +453,14 @@ class GaussianNoise:
 class GridNoise:
     """round(x + sigma N(0, I)) on the grid 1/levels, exactly: the noise of --sound.
 
-    For x on the grid, rounding x + e is x + round(e): integers, drawn by comparing 53 random bits with a table of the
-    rounded Gaussian's cumulative probabilities. f after rounding is a base classifier like any other, so the theorem
-    holds without real-number noise; a deployment must round after adding noise, and never clip. The table is known to a
-    few units of its last place: a draw that those would decide is not counted for c_A. (In substance Voracek & Hein 2023.)
+    For x on the grid, rounding x + e is x + round(e): integers, drawn by comparing 53 random bits with a
+    table of the rounded Gaussian's cumulative probabilities. f after rounding is a base classifier like any
+    other, so the theorem holds without real-number noise; a deployment must round after adding noise, and
+    never clip. The table is known to a few units of its last place: a draw that those would decide is not
+    counted for c_A. (In substance Voracek & Hein 2023.)
     """
 
-    BITS, SLACK = 53, 64                                               # norm.cdf errs by fewer than 8 units, tested
+    BITS, SLACK = 53, 64                                         # norm.cdf errs by fewer than 8 units, tested
 
     def __init__(self, sigma, levels, device):
         self.levels = levels
@@ -475,8 +499,9 @@ class GridNoise:
 def count_classes(classifier, requests, noise, batch=CHUNK):
     """How often f answers each class on noisy copies: int64 (len(requests), classes) on the CPU.
 
-    requests: [(x (C, H, W), generator, copies), ...]. The copies of all images share batches, in chunks; every batch has
-    the same shape, the last one padded. Counts stay on the device: this function's end is its only synchronisation.
+    requests: [(x (C, H, W), generator, copies), ...]. The copies of all images share batches, in chunks;
+    every batch has the same shape, the last one padded. Counts stay on the device: this function's end is
+    its only synchronisation.
     """
     if batch % CHUNK and CHUNK % batch:
         raise ValueError(f"the batch must be a multiple or a divisor of {CHUNK}, not {batch}")
@@ -576,7 +601,7 @@ def certify_all(classifier, images, noise, n0, rule, seed=0, batch=CHUNK):
 # Reports
 # ----------------------------------------------------------------------------------------------------------
 
-PUBLISHED = {                       # certified accuracy in %, best over sigma, at each radius: the paper's tables 1 and 3
+PUBLISHED = {           # certified accuracy in %, best over sigma, at each radius: the paper's tables 1 and 3
     "imagenet": ((0.5, 1.0, 1.5, 2.0, 3.0), {
         "RS (Cohen 2019)": (49.0, 37.0, 29.0, 19.0, 12.0),
         "SmoothAdv (Salman 2019)": (54.0, 43.0, 37.0, 27.0, 20.0),
@@ -607,7 +632,7 @@ def read_rows(path):
     kinds = dict(idx=int, label=int, predict=int, correct=int, count=int, n=int, time=str)
     rows = []
     try:
-        lines = Path(path).read_text().split("\n")[:-1]                # what follows the last newline is a torn row
+        lines = Path(path).read_text().split("\n")[:-1]          # what follows the last newline is a torn row
         header = lines[0].split("\t")
         require(header[:5] == COLUMNS[:5], "its columns are others")
         for line in lines[1:]:
@@ -625,7 +650,8 @@ def read_rows(path):
 
 
 def excess(m, alpha, rho=0.001):
-    """q: with probability 1 - rho at most q of m certificates are wrong, each with chance <= alpha: a binomial quantile.
+    """q: with probability 1 - rho at most q of m certificates are wrong, each with chance <= alpha: a
+    binomial quantile.
 
     (Cohen 2019, appendix, bounds the same by Bernstein's inequality.)
     """
@@ -646,7 +672,7 @@ class Summary:
         self.alpha = max(row["alpha"] for row in rows)
         self.sigma = rows[0]["sigma"]
         self.radii = np.sort([row["radius"] for row in rows if row["correct"]])
-        self.acr = self.radii.sum() / self.m                           # average certified radius; wrong ones count 0
+        self.acr = self.radii.sum() / self.m                    # average certified radius; wrong ones count 0
         self.abstained = sum(row["predict"] == ABSTAIN for row in rows) / self.m
         self.seconds = float(np.mean([seconds_of(row["time"]) for row in rows]))
         self.draws = sum(row.get("n", 0) for row in rows)
@@ -664,7 +690,9 @@ class Summary:
 
 
 def summarise(files):
-    """One Summary for each sigma of the files; rows of one image that stand twice (shards that overlap) count once."""
+    """One Summary for each sigma of the files; rows of one image that stand twice (shards that overlap)
+    count once.
+    """
     rows = {}
     for path in files:
         for row in read_rows(path):
@@ -679,7 +707,9 @@ def summarise(files):
 
 
 def table(summaries, radii, kind="text"):
-    """Certified accuracy in % at each radius, for each sigma and the best over them, as text, markdown or csv."""
+    """Certified accuracy in % at each radius, for each sigma and the best over them, as text, markdown or
+    csv.
+    """
 
     def percent(shares):
         return [f"{100 * share:.1f}" for share in shares]
@@ -750,7 +780,9 @@ def report(args):
 
 
 def open_classifier(args, checkpoints, device):
-    """The base classifier f that the arguments name: (B, C, H, W) in [0, 1] -> logits (B, classes), in eval mode."""
+    """The base classifier f that the arguments name: (B, C, H, W) in [0, 1] -> logits (B, classes), in eval
+    mode.
+    """
     if args.classifier:
         models = [load_callable(args.classifier)]
     else:
@@ -817,7 +849,9 @@ def merge_parts(parts):
 
 
 def gather_parts(result, first):
-    """What earlier processes left, {idx: row}; rank 0 puts it into the part `first`, and all go on from there."""
+    """What earlier processes left, {idx: row}; rank 0 puts it into the part `first`, and all go on from
+    there.
+    """
     if is_rank_zero():
         parts = sorted(result.parent.glob(f"{result.name}.part*"))
         lines = [f"{row}\n" for row in merge_parts(parts).values()]
@@ -827,7 +861,7 @@ def gather_parts(result, first):
                 part.unlink()
     gather([0])
     finished = merge_parts([first])
-    gather([0])                                                        # all have read it before rank 0 adds to it
+    gather([0])                                                    # all have read it before rank 0 adds to it
     return finished
 
 
@@ -937,7 +971,7 @@ def certify_test_images(args, checkpoints, classifier, rule, rank, world, device
         with open(f"{result}.part{rank}", "a") as rows:
             for trial in certify_all(classifier, images, noise, args.n0, rule, args.seed, args.batch):
                 prediction, radius = trial.certificate(args.sigma)
-                label = int(test.labels[trial.index])                  # seen here first: prediction and radius are final
+                label = int(test.labels[trial.index])       # seen here first: prediction and radius are final
                 rows.write(format_row(trial, label, args))
                 rows.flush()
                 progress.add(trial, prediction == label, radius)
@@ -955,7 +989,7 @@ def certify_with(args, checkpoints):
     args.device = device.type
     args.batch = args.batch or (4 * CHUNK if gpu or args.image_size <= 64 else CHUNK)
     args.compile = gpu if args.compile is None else args.compile
-    args.dtype = pick_dtype(args.dtype, device, read_settings(f"{run_stem(args)}.json", args.overwrite))
+    args.dtype = pick_dtype(args.dtype, device, read_settings(run_stem(args), args.overwrite))
     classifier = open_classifier(args, checkpoints, device)
     if args.sequential:
         rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance)
@@ -996,12 +1030,14 @@ def require(condition, sentence):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that broke."""
+    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that
+    broke.
+    """
     script = Path(__file__).name
     try:
         yield
     except (ValueError, RunError, OSError) as error:
-        sentence = str(error).strip().splitlines()[-1]                 # a data worker's comes with its traceback
+        sentence = str(error).strip().splitlines()[-1]              # a data worker's comes with its traceback
         print(f"{script}: error: {sentence.split('RunError: ')[-1]}", file=sys.stderr, flush=True)
         wrong_use = isinstance(error, ValueError | FileNotFoundError)
         raise SystemExit(2 if wrong_use else 1) from None
@@ -1011,7 +1047,9 @@ def one_line_errors():
 
 
 def new_parser(doc, defaults):
-    """An argparse parser that returns the flags that were given and no others: defaults come from the recipe."""
+    """An argparse parser that returns the flags that were given and no others: defaults come from the
+    recipe.
+    """
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
@@ -1021,14 +1059,14 @@ def new_parser(doc, defaults):
         allow_abbrev=False,
     )
     parser.suggest_on_error = True                                     # from Python 3.14 on
-    parser.error = functools.partial(require, False)                   # one line, without the list of all flags
+    parser.error = functools.partial(require, False)                 # one line, without the list of all flags
     return parser
 
 
 def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
     """An argparse type: an int or a float x with above < x < below and least <= x, never nan or infinite."""
 
-    def number(text):                                                  # argparse calls a word an "invalid number"
+    def number(text):                                              # argparse calls a word an "invalid number"
         value = kind(text)
         if above < value < below and value >= least:
             return value
@@ -1043,7 +1081,8 @@ def add_run_flags(parser):
     """Where and how to run."""
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--out", help="run directory")
-    parser.add_argument("--overwrite", action=switch, help="delete this stage's earlier files in the run directory")
+    parser.add_argument("--overwrite", action=switch,
+                        help="delete this stage's earlier files in the run directory")
     parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
@@ -1062,7 +1101,9 @@ def say(*words):
 
 
 def start_processes(device, timeout=None):
-    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
+    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on
+    GPUs.
+    """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -1085,7 +1126,9 @@ def start_processes(device, timeout=None):
 
 
 def gather(values):
-    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each other."""
+    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each
+    other.
+    """
     own = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized():
         return own[:, None]
@@ -1110,7 +1153,9 @@ def sha256(path):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new one."""
+    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new
+    one.
+    """
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -1122,22 +1167,19 @@ def write_atomically(path, write):
         raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
-def read_settings(path, overwrite):
-    """The settings of an earlier run that goes on, or {}."""
-    if overwrite or not Path(path).exists():
-        return {}
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError:
-        raise ValueError(f"{path} is damaged: use another --out, or --overwrite") from None
+def read_settings(stem, overwrite):
+    """The settings of a run that goes on, or {}."""
+    file = Path(f"{stem}.json")
+    return json.loads(file.read_text()) if file.exists() and not overwrite else {}
 
 
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
-    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to them.
+    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to
+    them.
 
-    A run that began with other settings (but for those that `may_change`) is refused. The file `result` says, by
-    being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    A run that began with other settings (but for those that `may_change`) is refused. The file `result`
+    says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
     """
     import filelock
 
@@ -1150,11 +1192,11 @@ def run_directory(stem, settings, may_change, result, overwrite):
         except filelock.Timeout:
             raise ValueError(f"{stem} is in use by another process") from None
         if overwrite:
-            endings = (".json", ".jsonl", ".last.pt", ".pt", ".tsv")
-            for file in [*(f"{stem}{end}" for end in endings), *glob.glob(f"{glob.escape(stem)}.tsv.part*")]:
-                Path(file).unlink(missing_ok=True)
+            for end in (".json", ".jsonl", ".last.pt", ".pt", ".tsv", ".tsv.part*"):
+                for file in glob.glob(glob.escape(stem) + end):
+                    os.remove(file)
+        before = read_settings(stem, overwrite)
         settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
-        before = read_settings(f"{stem}.json", overwrite)
         other = []
         for key in sorted({*before, *settings} - {*may_change}):
             if before and before.get(key) != settings.get(key):
@@ -1171,7 +1213,9 @@ def run_directory(stem, settings, may_change, result, overwrite):
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the middle."""
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the
+    middle.
+    """
 
     labels: torch.Tensor                                               # M
     classes: list                                                      # the classes' names
@@ -1220,13 +1264,13 @@ def open_images(dataset, data_path, train, size, channels):
         from torchvision.datasets import ImageFolder
 
         require(data_path, "--dataset folder needs a --data-path")
-        there = [part for part in ("train", "val", "test") if Path(data_path, part).is_dir()]
-        require("train" in there, f"there is no folder {data_path}/train")
-        require(len(there) > 1, f"there is no folder {data_path}/val or {data_path}/test")
-        part = ImageFolder(Path(data_path, "train" if train else there[1]))
+        names = ("train",) if train else ("val", "test")
+        roots = [root for root in (Path(data_path, name) for name in names) if root.is_dir()]
+        require(roots, f"there is no folder {data_path}/{' or '.join(names)}")
+        part = ImageFolder(roots[0])
         files = [file for file, _ in part.samples]
         folders = {os.path.dirname(file) for file in files}
-        require(len({os.path.realpath(folder) for folder in folders}) == len(folders),
+        require(len(folders) == len({os.path.realpath(folder) for folder in folders}),
                 f"{data_path} reaches a folder twice (a link's loop?)")
         images = Images(torch.tensor(part.targets), part.classes, size, channels, 255, files=files)
 
@@ -1251,7 +1295,9 @@ def read_picture(file, channels):
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of
+    it.
+    """
     from torchvision.transforms.v2 import functional as T
 
     if picture.shape[1:] == (size, size):

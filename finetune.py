@@ -152,7 +152,7 @@ RECIPES = {
         log_every=50,
         save_every=500,
     ),
-    "cifar10-transfer": dict(              # paper, section 4.3: ViT-B from ImageNet, continued on CIFAR-10 or not
+    "cifar10-transfer": dict(          # paper, section 4.3: ViT-B from ImageNet, continued on CIFAR-10 or not
         PAPER,
         dataset="cifar10",
         data_path="data",
@@ -188,7 +188,7 @@ RECIPES = {
         consistency=0.0,
     ),
 }
-PROBE = dict(                              # the linear probe, section 4.4 and appendix: what it changes in a recipe
+PROBE = dict(                        # the linear probe, section 4.4 and appendix: what it changes in a recipe
     augment="resized-crop",
     erasing=0.0,
     mixup=0.0,
@@ -222,16 +222,21 @@ MAY_CHANGE = {                             # when a run is continued
 
 
 def parse(argv):
-    """The settings: what the flags say, else what the pre-training checkpoint was made with, else the recipe."""
+    """The settings: what the flags say, else what the pre-training checkpoint was made with, else the
+    recipe.
+    """
     parser = new_parser(__doc__, DEFAULTS | RECIPES["digits"])
     count = number(int, least=1)
     at_least_0 = number(float, least=0)
     share = number(float, least=0, below=1)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--recipe", choices=RECIPES, help="data, model and all hyperparameters")
-    parser.add_argument("--sigma", type=at_least_0, required=True, help="standard deviation of the noise, pixels in [0, 1]")
-    parser.add_argument("--init", help="pre-training checkpoint (ours, the published DMAE's, MAE's, timm's), or scratch")
-    parser.add_argument("--holdout", type=number(float, above=0), help="training images for model selection: share or number")
+    parser.add_argument("--sigma", type=at_least_0, required=True,
+                        help="standard deviation of the noise, pixels in [0, 1]")
+    parser.add_argument("--init",
+                        help="pre-training checkpoint (ours, the published DMAE's, MAE's, timm's), or scratch")
+    parser.add_argument("--holdout", type=number(float, above=0),
+                        help="training images for model selection: share or number")
     parser.add_argument("--labels-per-class", type=count, help="train on this many images of each class")
     parser.add_argument("--augment", choices=("none", "shift", "flip", "shift-flip", "resized-crop", "rand-augment"))
     parser.add_argument("--erasing", type=share, help="chance of erasing a rectangle of a picture")
@@ -239,12 +244,16 @@ def parse(argv):
     parser.add_argument("--cutmix", type=at_least_0, help="cutmix's Beta parameter; 0: off")
     parser.add_argument("--linear-probe", action=switch, help="a linear classifier on the frozen class token")
     parser.add_argument("--label-smoothing", type=share, help="label smoothing")
-    parser.add_argument("--consistency", type=at_least_0, help="weight lambda of the consistency term; 0: off")
-    parser.add_argument("--consistency-eta", type=at_least_0, help="weight of its entropy; None: 0.5 for sigma < 1, else 0.1")
+    parser.add_argument("--consistency", type=at_least_0,
+                        help="weight lambda of the consistency term; 0: off")
+    parser.add_argument("--consistency-eta", type=at_least_0,
+                        help="weight of its entropy; None: 0.5 for sigma < 1, else 0.1")
     parser.add_argument("--drop-path", type=share, help="stochastic depth of the last block")
     parser.add_argument("--min-lr", type=at_least_0, help="learning rate at the end")
-    parser.add_argument("--layer-decay", type=number(float, above=0), help="learning-rate factor from a layer to the one below")
-    parser.add_argument("--vote-every", type=count, help="epochs between majority votes, which select the model")
+    parser.add_argument("--layer-decay", type=number(float, above=0),
+                        help="learning-rate factor from a layer to the one below")
+    parser.add_argument("--vote-every", type=count,
+                        help="epochs between majority votes, which select the model")
     parser.add_argument("--export", help="write the finished classifier to this file, for timm, and end")
     add_training_flags(parser)
     add_run_flags(parser)
@@ -300,7 +309,9 @@ def make_augment(kind, images, erasing):
 
 
 def make_mix(mixup, cutmix, classes):
-    """(images, labels) -> (images, targets (B, classes)): mixup or cutmix at random, where their parameter is not 0."""
+    """(images, labels) -> (images, targets (B, classes)): mixup or cutmix at random, where their parameter
+    is not 0.
+    """
     mixes = []
     if mixup:
         mixes.append(v2.MixUp(alpha=mixup, num_classes=classes))
@@ -312,7 +323,9 @@ def make_mix(mixup, cutmix, classes):
 
 
 def few_labels(train, labels, classes, count, seed):
-    """`count` of the images `train` (m,) of each class, chosen by the seed, again and again until there are m."""
+    """`count` of the images `train` (m,) of each class, chosen by the seed, again and again until there are
+    m.
+    """
     order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of(seed)))]
     chosen = torch.cat([order[labels[order] == label][:count] for label in range(classes)])
     return chosen.repeat(math.ceil(len(train) / len(chosen)))[:len(train)]
@@ -326,7 +339,8 @@ def few_labels(train, labels, classes, count, seed):
 def consistency_loss(logits, lam, eta):
     """Jeong & Shin 2020 (arXiv 2006.04062): lam * mean_i KL(F || F_i) + eta * H(F), averaged over images.
 
-    logits (m, B, classes) of m noisy copies of each image; F_i are their softmax outputs and F is the mean of them.
+    logits (m, B, classes) of m noisy copies of each image; F_i are their softmax outputs and F is the mean
+    of them.
     """
     log_each = logits.log_softmax(dim=-1)                                            # m B classes
     log_mean = log_each.logsumexp(dim=0) - math.log(len(logits))                     # B classes
@@ -339,8 +353,8 @@ def consistency_loss(logits, lam, eta):
 def classification_loss(network, images, targets, args):
     """Cross-entropy on m noisy copies of images (B, C, H, W) in [0, 1], and the consistency between them.
 
-    targets (B, classes) are shares of classes. The noise is drawn here, after everything else: mixup of noisy images
-    would scale it by sqrt(l^2 + (1 - l)^2).
+    targets (B, classes) are shares of classes. The noise is drawn here, after everything else: mixup of
+    noisy images would scale it by sqrt(l^2 + (1 - l)^2).
     """
     copies = 2 if args.consistency else 1
     images = repeat(images, "b c h w -> (m b) c h w", m=copies)
@@ -359,7 +373,9 @@ def classification_loss(network, images, targets, args):
 
 
 def build_model(args, classes, device):
-    """The classifier with the pre-trained encoder, on the device; of a linear probe only the head is trained."""
+    """The classifier with the pre-trained encoder, on the device; of a linear probe only the head is
+    trained.
+    """
     torch.manual_seed(args.seed)
     model = build_vit(
         args.model,
@@ -391,7 +407,9 @@ def layer_of(name, depth):
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """One group for every layer with and without weight decay; its lr_scale is layer_decay^(depth + 1 - layer)."""
+    """One group for every layer with and without weight decay; its lr_scale is layer_decay^(depth + 1 -
+    layer).
+    """
     groups = {}
     depth = len(model.blocks)
     for name, parameter in model.named_parameters():
@@ -406,9 +424,11 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) of SGD with momentum, for the probe.
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) of SGD with momentum, for the
+    probe.
 
-    The gradient of a matrix w is scaled by trust * |w| / |gradient + weight_decay * w|; that of a 1-D parameter is not.
+    The gradient of a matrix w is scaled by trust * |w| / |gradient + weight_decay * w|; that of a 1-D
+    parameter is not.
     """
 
     def __init__(self, groups, lr, momentum=0.9, trust=0.001):
@@ -446,9 +466,9 @@ def build_optimizer(model, args):
 def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, device, workers=0):
     """Accuracies on images[index], each image counted once: (clean, noisy, vote).
 
-    clean: on the images as they are; noisy: under one noise draw; vote: of the majority of `draws` noisy copies, which
-    is the certified accuracy at r = 0 but for the confidence (None if draws = 0). Blocks of `batch` images are dealt
-    to the ranks by stride, and their noise depends on (seed, block) alone.
+    clean: on the images as they are; noisy: under one noise draw; vote: of the majority of `draws` noisy
+    copies, which is the certified accuracy at r = 0 but for the confidence (None if draws = 0). Blocks of
+    `batch` images are dealt to the ranks by stride, and their noise depends on (seed, block) alone.
     """
     model.eval()
     starts = range(rank * batch, len(index), world * batch)
@@ -472,9 +492,11 @@ def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, devic
 
 
 def measure(model, images, index, voting, args, rank, world, device):
-    """evaluate() as a dict; if `voting`, also over 100 noisy copies of at most 1000 of the images, else vote = None."""
+    """evaluate() as a dict; if `voting`, also over 100 noisy copies of at most 1000 of the images, else vote
+    = None.
+    """
     if world > 1:
-        for buffer in model.buffers():                                 # a probe's statistics: rank 0's, which are saved
+        for buffer in model.buffers():                       # a probe's statistics: rank 0's, which are saved
             dist.broadcast(buffer, 0)
     how = (args.seed, rank, world, device, args.workers)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
@@ -494,10 +516,11 @@ def describe(found):
 
 
 def export(source, path):
-    """Write a fine-tuned classifier for timm: VisionTransformer(**file["model_args"]).load_state_dict(file["state_dict"]).
+    """Write a fine-tuned classifier for timm:
+    VisionTransformer(**file["model_args"]).load_state_dict(file["state_dict"]).
 
-    The names are timm's already; a linear probe's BatchNorm is folded into its linear layer. timm's models take images
-    that are resized and normalised beforehand: "mean", "std" and "img_size" say how.
+    The names are timm's already; a linear probe's BatchNorm is folded into its linear layer. timm's models
+    take images that are resized and normalised beforehand: "mean", "std" and "img_size" say how.
     """
     checkpoint = read_checkpoint(source, "finetune")
     config, state = checkpoint["config"], dict(checkpoint["model"])
@@ -577,7 +600,7 @@ def finetune(args):
     model = build_model(args, len(images.classes), device)
     optimizer = build_optimizer(model, args)
     peak = optimizer.defaults["lr"]
-    args.dtype = pick_dtype(args.dtype, device, read_settings(f"{files.stem}.json", args.overwrite))
+    args.dtype = pick_dtype(args.dtype, device, read_settings(files.stem, args.overwrite))
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
@@ -664,23 +687,28 @@ def add_training_flags(parser):
     count = number(int, least=1)
     share = number(float, least=0)
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--dataset", choices=DATASETS, help="folder: a folder for each class in PATH/train, PATH/val")
+    parser.add_argument("--dataset", choices=DATASETS,
+                        help="folder: a folder for each class in PATH/train, PATH/val")
     parser.add_argument("--data-path", help="where the data set lies")
     parser.add_argument("--image-size", type=count, help="resolution at which noise is added, in pixels")
     parser.add_argument("--normalisation", choices=NORMALISATION, help="whose mean and standard deviation")
     parser.add_argument("--model", choices=SIZES, help="the network's size")
-    parser.add_argument("--model-size", type=count, help="resolution to which the network resizes; None: not at all")
+    parser.add_argument("--model-size", type=count,
+                        help="resolution to which the network resizes; None: not at all")
     parser.add_argument("--batch", type=count, help="effective batch, over all processes, images")
     parser.add_argument("--device-batch", type=count, help="largest batch of one process at a time, images")
     parser.add_argument("--epochs", type=number(float, above=0), help="epochs")
     parser.add_argument("--warmup-epochs", type=share, help="epochs of linear warm-up")
-    parser.add_argument("--base-lr", type=number(float, above=0), help="learning rate per 256 images of the batch")
+    parser.add_argument("--base-lr", type=number(float, above=0),
+                        help="learning rate per 256 images of the batch")
     parser.add_argument("--weight-decay", type=share, help="AdamW's")
     parser.add_argument("--log-every", type=count, help="steps between log rows")
     parser.add_argument("--save-every", type=count, help="steps between checkpoints")
-    parser.add_argument("--deterministic", action=switch, help="deterministic kernels only: same bits on a GPU, too")
+    parser.add_argument("--deterministic", action=switch,
+                        help="deterministic kernels only: same bits on a GPU, too")
     parser.add_argument("--recompute", action=switch, help="recompute activations backwards, to save memory")
-    parser.add_argument("--workers", type=number(int, least=0), help="processes that read pictures, per process")
+    parser.add_argument("--workers", type=number(int, least=0),
+                        help="processes that read pictures, per process")
     parser.add_argument("--dry-run", action=switch, help="print settings and sizes, run one step, and end")
 
 
@@ -704,8 +732,9 @@ def uniforms_of(epoch, size, seed):
 def training_positions(index, batch, device_batch, start, steps, seed, rank, world):
     """Yield [(epoch, image), ...] for every micro-batch of this rank in steps start..steps - 1.
 
-    Step s takes the next `batch` of the images `index` (m,) in its epoch's order, whatever the number of processes,
-    and deals them to the ranks in device batches, one micro-batch after the other. An epoch's rest is left out.
+    Step s takes the next `batch` of the images `index` (m,) in its epoch's order, whatever the number of
+    processes, and deals them to the ranks in device batches, one micro-batch after the other. An epoch's
+    rest is left out.
     """
     for step in range(start, steps):
         epoch, place = divmod(step, len(index) // batch)
@@ -716,7 +745,9 @@ def training_positions(index, batch, device_batch, start, steps, seed, rank, wor
 
 
 def share_batch(batch, world, largest):
-    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <= largest."""
+    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <=
+    largest.
+    """
     require(batch % world == 0, f"a batch of {batch} cannot be divided by {world} processes")
     share = batch // world
     device_batch = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
@@ -724,7 +755,9 @@ def share_batch(batch, world, largest):
 
 
 def count_steps(args, images):
-    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is left out."""
+    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is
+    left out.
+    """
     require(images >= args.batch, f"{images} training images are fewer than one batch of {args.batch}")
     per_epoch = images // args.batch
     steps = int(args.epochs * per_epoch)
@@ -733,14 +766,15 @@ def count_steps(args, images):
 
 
 def shift_and_flip(shift, flip):
-    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to right.
+    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to
+    right.
 
     augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
     """
 
     def augment(pixels, uniforms):
         side = torch.arange(pixels.shape[-1], device=pixels.device)                  # S
-        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift                 # B 2, from -shift to shift
+        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift               # B 2, from -shift to shift
         y = side + offsets[:, :1]                                                    # B S, source rows
         x = side + offsets[:, 1:]                                                    # B S, source columns
         if flip:
@@ -772,9 +806,11 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def load_batches(images, positions, device, augment=None, seed=0, workers=0):
-    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in `positions`.
+    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in
+    `positions`.
 
-    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are files.
+    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are
+    files.
     """
     if images.files is not None:
         pictures = Pictures(images, augment, seed)
@@ -813,7 +849,9 @@ def hold_out(images, holdout):
 
 
 def evenly_spaced(index, count):
-    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of one."""
+    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of
+    one.
+    """
     return index[torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64).long()]
 
 
@@ -928,12 +966,14 @@ def require(condition, sentence):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that broke."""
+    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that
+    broke.
+    """
     script = Path(__file__).name
     try:
         yield
     except (ValueError, RunError, OSError) as error:
-        sentence = str(error).strip().splitlines()[-1]                 # a data worker's comes with its traceback
+        sentence = str(error).strip().splitlines()[-1]              # a data worker's comes with its traceback
         print(f"{script}: error: {sentence.split('RunError: ')[-1]}", file=sys.stderr, flush=True)
         wrong_use = isinstance(error, ValueError | FileNotFoundError)
         raise SystemExit(2 if wrong_use else 1) from None
@@ -943,7 +983,9 @@ def one_line_errors():
 
 
 def new_parser(doc, defaults):
-    """An argparse parser that returns the flags that were given and no others: defaults come from the recipe."""
+    """An argparse parser that returns the flags that were given and no others: defaults come from the
+    recipe.
+    """
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
@@ -953,14 +995,14 @@ def new_parser(doc, defaults):
         allow_abbrev=False,
     )
     parser.suggest_on_error = True                                     # from Python 3.14 on
-    parser.error = functools.partial(require, False)                   # one line, without the list of all flags
+    parser.error = functools.partial(require, False)                 # one line, without the list of all flags
     return parser
 
 
 def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
     """An argparse type: an int or a float x with above < x < below and least <= x, never nan or infinite."""
 
-    def number(text):                                                  # argparse calls a word an "invalid number"
+    def number(text):                                              # argparse calls a word an "invalid number"
         value = kind(text)
         if above < value < below and value >= least:
             return value
@@ -975,7 +1017,8 @@ def add_run_flags(parser):
     """Where and how to run."""
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--out", help="run directory")
-    parser.add_argument("--overwrite", action=switch, help="delete this stage's earlier files in the run directory")
+    parser.add_argument("--overwrite", action=switch,
+                        help="delete this stage's earlier files in the run directory")
     parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
@@ -994,7 +1037,9 @@ def say(*words):
 
 
 def start_processes(device, timeout=None):
-    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
+    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on
+    GPUs.
+    """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -1017,7 +1062,9 @@ def start_processes(device, timeout=None):
 
 
 def gather(values):
-    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each other."""
+    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each
+    other.
+    """
     own = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized():
         return own[:, None]
@@ -1042,7 +1089,9 @@ def sha256(path):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new one."""
+    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new
+    one.
+    """
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -1054,22 +1103,19 @@ def write_atomically(path, write):
         raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
-def read_settings(path, overwrite):
-    """The settings of an earlier run that goes on, or {}."""
-    if overwrite or not Path(path).exists():
-        return {}
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError:
-        raise ValueError(f"{path} is damaged: use another --out, or --overwrite") from None
+def read_settings(stem, overwrite):
+    """The settings of a run that goes on, or {}."""
+    file = Path(f"{stem}.json")
+    return json.loads(file.read_text()) if file.exists() and not overwrite else {}
 
 
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
-    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to them.
+    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to
+    them.
 
-    A run that began with other settings (but for those that `may_change`) is refused. The file `result` says, by
-    being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    A run that began with other settings (but for those that `may_change`) is refused. The file `result`
+    says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
     """
     import filelock
 
@@ -1082,11 +1128,11 @@ def run_directory(stem, settings, may_change, result, overwrite):
         except filelock.Timeout:
             raise ValueError(f"{stem} is in use by another process") from None
         if overwrite:
-            endings = (".json", ".jsonl", ".last.pt", ".pt", ".tsv")
-            for file in [*(f"{stem}{end}" for end in endings), *glob.glob(f"{glob.escape(stem)}.tsv.part*")]:
-                Path(file).unlink(missing_ok=True)
+            for end in (".json", ".jsonl", ".last.pt", ".pt", ".tsv", ".tsv.part*"):
+                for file in glob.glob(glob.escape(stem) + end):
+                    os.remove(file)
+        before = read_settings(stem, overwrite)
         settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
-        before = read_settings(f"{stem}.json", overwrite)
         other = []
         for key in sorted({*before, *settings} - {*may_change}):
             if before and before.get(key) != settings.get(key):
@@ -1103,7 +1149,9 @@ def run_directory(stem, settings, may_change, result, overwrite):
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the middle."""
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the
+    middle.
+    """
 
     labels: torch.Tensor                                               # M
     classes: list                                                      # the classes' names
@@ -1152,13 +1200,13 @@ def open_images(dataset, data_path, train, size, channels):
         from torchvision.datasets import ImageFolder
 
         require(data_path, "--dataset folder needs a --data-path")
-        there = [part for part in ("train", "val", "test") if Path(data_path, part).is_dir()]
-        require("train" in there, f"there is no folder {data_path}/train")
-        require(len(there) > 1, f"there is no folder {data_path}/val or {data_path}/test")
-        part = ImageFolder(Path(data_path, "train" if train else there[1]))
+        names = ("train",) if train else ("val", "test")
+        roots = [root for root in (Path(data_path, name) for name in names) if root.is_dir()]
+        require(roots, f"there is no folder {data_path}/{' or '.join(names)}")
+        part = ImageFolder(roots[0])
         files = [file for file, _ in part.samples]
         folders = {os.path.dirname(file) for file in files}
-        require(len({os.path.realpath(folder) for folder in folders}) == len(folders),
+        require(len(folders) == len({os.path.realpath(folder) for folder in folders}),
                 f"{data_path} reaches a folder twice (a link's loop?)")
         images = Images(torch.tensor(part.targets), part.classes, size, channels, 255, files=files)
 
@@ -1183,7 +1231,9 @@ def read_picture(file, channels):
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of
+    it.
+    """
     from torchvision.transforms.v2 import functional as T
 
     if picture.shape[1:] == (size, size):

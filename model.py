@@ -14,7 +14,7 @@ networks, so that sigma and certified radii are in the units of the data set's o
     dmae = build_dmae("vit_base_patch16")                           # 111.9M parameters
     loss, prediction, mask = dmae(images, sigma=0.25, mask_ratio=0.75)
     vit = build_vit("vit_base_patch16", num_classes=1000)           # 86.6M parameters
-    load_encoder(vit, "pretrain.pt")                                # ours, the published DMAE's, MAE's or timm's
+    load_encoder(vit, "pretrain.pt")                             # ours, the published DMAE's, MAE's or timm's
 
 Axes:  B images   C channels   H W pixels   N patches (h x w of them)   K kept patches   D width   P patch side
 
@@ -59,9 +59,9 @@ def unpatchify(patches, patch_size, grid):
 def sincos_positions(dim, grid):
     """The fixed 2-D sin-cos table (1, 1 + N, D), its first row (the class token's) zero.
 
-    With omega_i = 10000^(-i / (D/4)), a patch in row y and column x gets [sin(x w), cos(x w), sin(y w), cos(y w)],
-    the order of the published checkpoints (He et al. 2022, arXiv 2111.06377, section 3; Vaswani et al. 2017,
-    section 3.5).
+    With omega_i = 10000^(-i / (D/4)), a patch in row y and column x gets [sin(x w), cos(x w), sin(y w),
+    cos(y w)], the order of the published checkpoints (He et al. 2022, arXiv 2111.06377, section 3; Vaswani
+    et al. 2017, section 3.5).
     """
     if dim % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
@@ -100,7 +100,9 @@ def random_masking(mask_noise, mask_ratio):
 
 
 def standardise_patches(patches):
-    """Each patch (..., P*P*C) by its own mean and unbiased variance + 1e-6: norm-pix targets (MAE, section 4.1)."""
+    """Each patch (..., P*P*C) by its own mean and unbiased variance + 1e-6: norm-pix targets (MAE, section
+    4.1).
+    """
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
@@ -127,7 +129,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; in training each residual branch is dropped per image with chance `drop_path`."""
+    """Pre-norm transformer block; in training each residual branch is dropped per image with chance
+    `drop_path`.
+    """
 
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
@@ -143,7 +147,9 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def stochastic_depth(self, branch):
-        """Drop the whole branch of some images, and scale the others' so that the mean stays (Huang et al. 2016)."""
+        """Drop the whole branch of some images, and scale the others' so that the mean stays (Huang et al.
+        2016).
+        """
         if not self.training or self.drop_path == 0:
             return branch
         survive = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -157,8 +163,8 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """What autoencoder and classifier share: from pixels in [0, 1] to tokens with positions, and the blocks.
 
-    Images of another size than `image_size` are resized (bicubic) before normalisation: with CIFAR-10 at 224 the
-    noise, and so sigma and the radius, belong to the 32 x 32 image (paper, section 4.3).
+    Images of another size than `image_size` are resized (bicubic) before normalisation: with CIFAR-10 at 224
+    the noise, and so sigma and the radius, belong to the 32 x 32 image (paper, section 4.3).
     """
 
     def __init__(self, image_size, patch_size, channels, dim, depth, heads, mean, std, mlp_ratio=4.0, drop_path=0.0):
@@ -181,7 +187,9 @@ class Encoder(nn.Module):
         self.recompute_activations = False                                           # trades time for memory
 
     def initialise(self):
-        """Xavier for every linear map (the patch embedding is one), zero biases, N(0, 0.02^2) for learned tokens."""
+        """Xavier for every linear map (the patch embedding is one), zero biases, N(0, 0.02^2) for learned
+        tokens.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -207,7 +215,9 @@ class Encoder(nn.Module):
         return torch.cat([cls, tokens], dim=1)
 
     def run(self, blocks, x):
-        """Tokens through `blocks`; with `recompute_activations` only the blocks' inputs are kept for the gradient."""
+        """Tokens through `blocks`; with `recompute_activations` only the blocks' inputs are kept for the
+        gradient.
+        """
         for block in blocks:
             if self.recompute_activations and self.training:
                 x = recompute(block, x, use_reentrant=False)
@@ -220,8 +230,8 @@ class VisionTransformer(Encoder):
     """The base classifier f: images (B, C, H, W) in [0, 1] -> logits (B, num_classes), from all tokens.
 
     pool = "mean": mean of the patch tokens -> `fc_norm` -> head. pool = "cls": all tokens -> `norm` -> class
-    token -> head. probe = True puts a BatchNorm without parameters before the linear head (the linear probe of
-    paper section 4.4).
+    token -> head. probe = True puts a BatchNorm without parameters before the linear head (the linear probe
+    of paper section 4.4).
     """
 
     def __init__(self, *, dim, num_classes, pool="mean", probe=False, **encoder):
@@ -253,7 +263,8 @@ class VisionTransformer(Encoder):
 
 
 class DenoisingMaskedAutoencoder(Encoder):
-    """DMAE (paper, section 3.2): reconstruct the clean image from a noisy one of which most patches are dropped.
+    """DMAE (paper, section 3.2): reconstruct the clean image from a noisy one of which most patches are
+    dropped.
 
     loss_on = "all" is the paper's loss; "dropped", with sigma = 0, is the plain masked autoencoder (MAE).
     """
@@ -276,7 +287,9 @@ class DenoisingMaskedAutoencoder(Encoder):
         self.initialise()
 
     def encode(self, noisy, mask_ratio, mask_noise):
-        """Noisy images -> latent (B, 1 + K, D) of the kept patches, restore (B, N), mask (B, N) with 1 = dropped."""
+        """Noisy images -> latent (B, 1 + K, D) of the kept patches, restore (B, N), mask (B, N) with 1 =
+        dropped.
+        """
         x = self.embed(noisy)                                                        # B N D
         keep, restore, mask = random_masking(mask_noise, mask_ratio)                 # B K, B N, B N
         x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))                 # B K D
@@ -301,16 +314,20 @@ class DenoisingMaskedAutoencoder(Encoder):
         return standardise_patches(patches) if self.norm_pix else patches
 
     def loss(self, target, prediction, mask):
-        """Mean squared error over the pixels of each patch, then over all patches (DMAE) or the dropped ones (MAE)."""
+        """Mean squared error over the pixels of each patch, then over all patches (DMAE) or the dropped ones
+        (MAE).
+        """
         error = (prediction - target).square().mean(dim=-1)                          # B N
         if self.loss_on == "all":
             return error.mean()
         return (error * mask).sum() / mask.sum()
 
     def forward(self, images, sigma, mask_ratio, noise=None, mask_noise=None):
-        """Clean images (B, C, H, W) in [0, 1] -> loss, prediction (B, N, P*P*C), mask (B, N) with 1 = dropped.
+        """Clean images (B, C, H, W) in [0, 1] -> loss, prediction (B, N, P*P*C), mask (B, N) with 1 =
+        dropped.
 
-        noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) are drawn here, in this order, unless given.
+        noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) are drawn here, in this order, unless
+        given.
         """
         if noise is None:
             noise = torch.randn_like(images)
@@ -347,7 +364,9 @@ SIZES = {
 
 
 def build_dmae(name, **overrides):
-    """A DenoisingMaskedAutoencoder of a named size; `overrides` replace constructor arguments. .config rebuilds it."""
+    """A DenoisingMaskedAutoencoder of a named size; `overrides` replace constructor arguments. .config
+    rebuilds it.
+    """
     return _build(DenoisingMaskedAutoencoder, _size(name) | overrides)
 
 
@@ -402,7 +421,8 @@ def learning_rate(step, steps, warmup, peak, minimum=0.0):
 
 
 def read_checkpoint(path, kind=None):
-    """The dict {"model": state dict, ...} of a file, on the CPU: tensors and plain values, never code that would run.
+    """The dict {"model": state dict, ...} of a file, on the CPU: tensors and plain values, never code that
+    would run.
 
     kind: "pretrain" or "finetune", to accept a checkpoint of that stage of ours only.
     """
@@ -413,7 +433,7 @@ def read_checkpoint(path, kind=None):
     try:
         with torch.serialization.safe_globals(namespace):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                         # a damaged file can raise anything at all
+    except Exception as error:                                      # a damaged file can raise anything at all
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
     if not (isinstance(content, dict) and "model" in content):
         content = {"model": content}                                   # timm's are bare state dicts
@@ -433,8 +453,8 @@ def is_state_dict(state):
 def load_weights(model, state, origin, may_miss=(), may_leave=()):
     """Copy `state` into `model`, or raise a ValueError that names what does not fit of the file `origin`.
 
-    Keys may be missing from `state`, or be left over in it, if they start with one of the given prefixes. Returns
-    the lists of both.
+    Keys may be missing from `state`, or be left over in it, if they start with one of the given prefixes.
+    Returns the lists of both.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -457,11 +477,12 @@ def load_weights(model, state, origin, may_miss=(), may_leave=()):
 
 
 def load_encoder(vit, path):
-    """Start a classifier from pre-trained weights: ours, the published DMAE's, MAE's, or a timm ViT's state dict.
+    """Start a classifier from pre-trained weights: ours, the published DMAE's, MAE's, or a timm ViT's state
+    dict.
 
-    Positions are interpolated when the grid differs. A decoder, a head for other classes and a final norm of the
-    other pooling are left over; the new head (and `fc_norm` after pre-training) start fresh. Returns (missing,
-    left over), the two lists of keys; anything else that does not fit raises ValueError.
+    Positions are interpolated when the grid differs. A decoder, a head for other classes and a final norm of
+    the other pooling are left over; the new head (and `fc_norm` after pre-training) start fresh. Returns
+    (missing, left over), the two lists of keys; anything else that does not fit raises ValueError.
     """
     state = dict(read_checkpoint(path)["model"])
     own = vit.state_dict()

@@ -162,12 +162,17 @@ def parse(argv):
     parser = new_parser(__doc__, DEFAULTS | RECIPES["digits"])
     at_least_0 = number(float, least=0)
     parser.add_argument("--recipe", choices=RECIPES, help="data, model and all hyperparameters")
-    parser.add_argument("--sigma", type=at_least_0, help="standard deviation of the noise, for pixels in [0, 1]")
+    parser.add_argument("--sigma", type=at_least_0,
+                        help="standard deviation of the noise, for pixels in [0, 1]")
     parser.add_argument("--mask-ratio", type=number(float, least=0, below=1), help="share of patches dropped")
-    parser.add_argument("--loss-on", choices=("all", "dropped"), help="all patches (DMAE) or the dropped ones (MAE)")
-    parser.add_argument("--norm-pix", action=argparse.BooleanOptionalAction, help="standardise each target patch")
-    parser.add_argument("--init", help="pre-training checkpoint to start from (optimizer and schedule start anew)")
-    parser.add_argument("--holdout", type=at_least_0, help="training images kept for pictures: share or number")
+    parser.add_argument("--loss-on", choices=("all", "dropped"),
+                        help="all patches (DMAE) or the dropped ones (MAE)")
+    parser.add_argument("--norm-pix", action=argparse.BooleanOptionalAction,
+                        help="standardise each target patch")
+    parser.add_argument("--init",
+                        help="pre-training checkpoint to start from (optimizer and schedule start anew)")
+    parser.add_argument("--holdout", type=at_least_0,
+                        help="training images kept for pictures: share or number")
     parser.add_argument("--augment", choices=("none", "shift", "flip", "shift-flip", "resized-crop"))
     add_training_flags(parser)
     add_run_flags(parser)
@@ -186,7 +191,9 @@ def parse(argv):
 
 
 def make_augment(kind, images):
-    """The augmentation called `kind`: of batches in memory, or ("resized-crop") of single pictures from files."""
+    """The augmentation called `kind`: of batches in memory, or ("resized-crop") of single pictures from
+    files.
+    """
     if kind == "none":
         return None
     from_files = images.files is not None
@@ -233,7 +240,9 @@ def build_optimizer(model, args):
 
 
 def reconstruct(model, clean, prediction):
-    """Predicted patches (B, N, P*P*C) as images (B, C, H, W) in [0, 1]; norm-pix is undone with the clean patches."""
+    """Predicted patches (B, N, P*P*C) as images (B, C, H, W) in [0, 1]; norm-pix is undone with the clean
+    patches.
+    """
     if model.norm_pix:
         patches = patchify(model.prepare(clean), model.patch_size)                   # B N P*P*C
         deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
@@ -287,7 +296,9 @@ def draw_loss(path, log_file):
 
 
 def draw_corruption(images, patches, *position):
-    """Noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) of a position (seed, step, micro-batch, rank)."""
+    """Noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) of a position (seed, step, micro-batch,
+    rank).
+    """
     torch.manual_seed(seed_of(*position))
     return torch.randn_like(images), torch.rand(len(images), patches, device=images.device)
 
@@ -342,7 +353,7 @@ def pretrain(args):
     model = build_model(args, device)
     optimizer = build_optimizer(model, args)
     peak = optimizer.defaults["lr"]
-    args.dtype = pick_dtype(args.dtype, device, read_settings(f"{files.stem}.json", args.overwrite))
+    args.dtype = pick_dtype(args.dtype, device, read_settings(files.stem, args.overwrite))
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
@@ -408,23 +419,28 @@ def add_training_flags(parser):
     count = number(int, least=1)
     share = number(float, least=0)
     switch = argparse.BooleanOptionalAction
-    parser.add_argument("--dataset", choices=DATASETS, help="folder: a folder for each class in PATH/train, PATH/val")
+    parser.add_argument("--dataset", choices=DATASETS,
+                        help="folder: a folder for each class in PATH/train, PATH/val")
     parser.add_argument("--data-path", help="where the data set lies")
     parser.add_argument("--image-size", type=count, help="resolution at which noise is added, in pixels")
     parser.add_argument("--normalisation", choices=NORMALISATION, help="whose mean and standard deviation")
     parser.add_argument("--model", choices=SIZES, help="the network's size")
-    parser.add_argument("--model-size", type=count, help="resolution to which the network resizes; None: not at all")
+    parser.add_argument("--model-size", type=count,
+                        help="resolution to which the network resizes; None: not at all")
     parser.add_argument("--batch", type=count, help="effective batch, over all processes, images")
     parser.add_argument("--device-batch", type=count, help="largest batch of one process at a time, images")
     parser.add_argument("--epochs", type=number(float, above=0), help="epochs")
     parser.add_argument("--warmup-epochs", type=share, help="epochs of linear warm-up")
-    parser.add_argument("--base-lr", type=number(float, above=0), help="learning rate per 256 images of the batch")
+    parser.add_argument("--base-lr", type=number(float, above=0),
+                        help="learning rate per 256 images of the batch")
     parser.add_argument("--weight-decay", type=share, help="AdamW's")
     parser.add_argument("--log-every", type=count, help="steps between log rows")
     parser.add_argument("--save-every", type=count, help="steps between checkpoints")
-    parser.add_argument("--deterministic", action=switch, help="deterministic kernels only: same bits on a GPU, too")
+    parser.add_argument("--deterministic", action=switch,
+                        help="deterministic kernels only: same bits on a GPU, too")
     parser.add_argument("--recompute", action=switch, help="recompute activations backwards, to save memory")
-    parser.add_argument("--workers", type=number(int, least=0), help="processes that read pictures, per process")
+    parser.add_argument("--workers", type=number(int, least=0),
+                        help="processes that read pictures, per process")
     parser.add_argument("--dry-run", action=switch, help="print settings and sizes, run one step, and end")
 
 
@@ -448,8 +464,9 @@ def uniforms_of(epoch, size, seed):
 def training_positions(index, batch, device_batch, start, steps, seed, rank, world):
     """Yield [(epoch, image), ...] for every micro-batch of this rank in steps start..steps - 1.
 
-    Step s takes the next `batch` of the images `index` (m,) in its epoch's order, whatever the number of processes,
-    and deals them to the ranks in device batches, one micro-batch after the other. An epoch's rest is left out.
+    Step s takes the next `batch` of the images `index` (m,) in its epoch's order, whatever the number of
+    processes, and deals them to the ranks in device batches, one micro-batch after the other. An epoch's
+    rest is left out.
     """
     for step in range(start, steps):
         epoch, place = divmod(step, len(index) // batch)
@@ -460,7 +477,9 @@ def training_positions(index, batch, device_batch, start, steps, seed, rank, wor
 
 
 def share_batch(batch, world, largest):
-    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <= largest."""
+    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <=
+    largest.
+    """
     require(batch % world == 0, f"a batch of {batch} cannot be divided by {world} processes")
     share = batch // world
     device_batch = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
@@ -468,7 +487,9 @@ def share_batch(batch, world, largest):
 
 
 def count_steps(args, images):
-    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is left out."""
+    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is
+    left out.
+    """
     require(images >= args.batch, f"{images} training images are fewer than one batch of {args.batch}")
     per_epoch = images // args.batch
     steps = int(args.epochs * per_epoch)
@@ -477,14 +498,15 @@ def count_steps(args, images):
 
 
 def shift_and_flip(shift, flip):
-    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to right.
+    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to
+    right.
 
     augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
     """
 
     def augment(pixels, uniforms):
         side = torch.arange(pixels.shape[-1], device=pixels.device)                  # S
-        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift                 # B 2, from -shift to shift
+        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift               # B 2, from -shift to shift
         y = side + offsets[:, :1]                                                    # B S, source rows
         x = side + offsets[:, 1:]                                                    # B S, source columns
         if flip:
@@ -516,9 +538,11 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def load_batches(images, positions, device, augment=None, seed=0, workers=0):
-    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in `positions`.
+    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in
+    `positions`.
 
-    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are files.
+    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are
+    files.
     """
     if images.files is not None:
         pictures = Pictures(images, augment, seed)
@@ -557,7 +581,9 @@ def hold_out(images, holdout):
 
 
 def evenly_spaced(index, count):
-    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of one."""
+    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of
+    one.
+    """
     return index[torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64).long()]
 
 
@@ -672,12 +698,14 @@ def require(condition, sentence):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that broke."""
+    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that
+    broke.
+    """
     script = Path(__file__).name
     try:
         yield
     except (ValueError, RunError, OSError) as error:
-        sentence = str(error).strip().splitlines()[-1]                 # a data worker's comes with its traceback
+        sentence = str(error).strip().splitlines()[-1]              # a data worker's comes with its traceback
         print(f"{script}: error: {sentence.split('RunError: ')[-1]}", file=sys.stderr, flush=True)
         wrong_use = isinstance(error, ValueError | FileNotFoundError)
         raise SystemExit(2 if wrong_use else 1) from None
@@ -687,7 +715,9 @@ def one_line_errors():
 
 
 def new_parser(doc, defaults):
-    """An argparse parser that returns the flags that were given and no others: defaults come from the recipe."""
+    """An argparse parser that returns the flags that were given and no others: defaults come from the
+    recipe.
+    """
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
@@ -697,14 +727,14 @@ def new_parser(doc, defaults):
         allow_abbrev=False,
     )
     parser.suggest_on_error = True                                     # from Python 3.14 on
-    parser.error = functools.partial(require, False)                   # one line, without the list of all flags
+    parser.error = functools.partial(require, False)                 # one line, without the list of all flags
     return parser
 
 
 def number(kind, above=-math.inf, least=-math.inf, below=math.inf):
     """An argparse type: an int or a float x with above < x < below and least <= x, never nan or infinite."""
 
-    def number(text):                                                  # argparse calls a word an "invalid number"
+    def number(text):                                              # argparse calls a word an "invalid number"
         value = kind(text)
         if above < value < below and value >= least:
             return value
@@ -719,7 +749,8 @@ def add_run_flags(parser):
     """Where and how to run."""
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--out", help="run directory")
-    parser.add_argument("--overwrite", action=switch, help="delete this stage's earlier files in the run directory")
+    parser.add_argument("--overwrite", action=switch,
+                        help="delete this stage's earlier files in the run directory")
     parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
@@ -738,7 +769,9 @@ def say(*words):
 
 
 def start_processes(device, timeout=None):
-    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on GPUs."""
+    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on
+    GPUs.
+    """
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -761,7 +794,9 @@ def start_processes(device, timeout=None):
 
 
 def gather(values):
-    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each other."""
+    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each
+    other.
+    """
     own = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized():
         return own[:, None]
@@ -786,7 +821,9 @@ def sha256(path):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new one."""
+    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new
+    one.
+    """
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -798,22 +835,19 @@ def write_atomically(path, write):
         raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
-def read_settings(path, overwrite):
-    """The settings of an earlier run that goes on, or {}."""
-    if overwrite or not Path(path).exists():
-        return {}
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError:
-        raise ValueError(f"{path} is damaged: use another --out, or --overwrite") from None
+def read_settings(stem, overwrite):
+    """The settings of a run that goes on, or {}."""
+    file = Path(f"{stem}.json")
+    return json.loads(file.read_text()) if file.exists() and not overwrite else {}
 
 
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
-    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to them.
+    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to
+    them.
 
-    A run that began with other settings (but for those that `may_change`) is refused. The file `result` says, by
-    being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    A run that began with other settings (but for those that `may_change`) is refused. The file `result`
+    says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
     """
     import filelock
 
@@ -826,11 +860,11 @@ def run_directory(stem, settings, may_change, result, overwrite):
         except filelock.Timeout:
             raise ValueError(f"{stem} is in use by another process") from None
         if overwrite:
-            endings = (".json", ".jsonl", ".last.pt", ".pt", ".tsv")
-            for file in [*(f"{stem}{end}" for end in endings), *glob.glob(f"{glob.escape(stem)}.tsv.part*")]:
-                Path(file).unlink(missing_ok=True)
+            for end in (".json", ".jsonl", ".last.pt", ".pt", ".tsv", ".tsv.part*"):
+                for file in glob.glob(glob.escape(stem) + end):
+                    os.remove(file)
+        before = read_settings(stem, overwrite)
         settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
-        before = read_settings(f"{stem}.json", overwrite)
         other = []
         for key in sorted({*before, *settings} - {*may_change}):
             if before and before.get(key) != settings.get(key):
@@ -847,7 +881,9 @@ def run_directory(stem, settings, may_change, result, overwrite):
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the middle."""
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the
+    middle.
+    """
 
     labels: torch.Tensor                                               # M
     classes: list                                                      # the classes' names
@@ -896,13 +932,13 @@ def open_images(dataset, data_path, train, size, channels):
         from torchvision.datasets import ImageFolder
 
         require(data_path, "--dataset folder needs a --data-path")
-        there = [part for part in ("train", "val", "test") if Path(data_path, part).is_dir()]
-        require("train" in there, f"there is no folder {data_path}/train")
-        require(len(there) > 1, f"there is no folder {data_path}/val or {data_path}/test")
-        part = ImageFolder(Path(data_path, "train" if train else there[1]))
+        names = ("train",) if train else ("val", "test")
+        roots = [root for root in (Path(data_path, name) for name in names) if root.is_dir()]
+        require(roots, f"there is no folder {data_path}/{' or '.join(names)}")
+        part = ImageFolder(roots[0])
         files = [file for file, _ in part.samples]
         folders = {os.path.dirname(file) for file in files}
-        require(len({os.path.realpath(folder) for folder in folders}) == len(folders),
+        require(len(folders) == len({os.path.realpath(folder) for folder in folders}),
                 f"{data_path} reaches a folder twice (a link's loop?)")
         images = Images(torch.tensor(part.targets), part.classes, size, channels, 255, files=files)
 
@@ -927,7 +963,9 @@ def read_picture(file, channels):
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of
+    it.
+    """
     from torchvision.transforms.v2 import functional as T
 
     if picture.shape[1:] == (size, size):
