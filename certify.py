@@ -1,10 +1,10 @@
 """Stage 3: certify the smoothed classifier g(x) = argmax_c P[f(x + N(0, sigma^2 I)) = c] (Cohen et al. 2019).
 
-    python certify.py --sigma 0.25                                  # digits, two CPU cores: about a minute
-    python certify.py --sigma 0.25 --images mine.png                # your own pictures
-    torchrun --nproc_per_node=8 -- certify.py --sigma 0.5 --recipe imagenet-base --n 10000   # --: torchrun has an --n
-    python certify.py --sigma 0.5 --recipe cifar10 --shard 0/16     # one job of an array of 16
-    python certify.py --sigma 0.5 --recipe cifar10 --sequential     # same guarantee, a fraction of the draws
+    python certify.py --sigma 0.25                             # digits, two CPU cores: about a minute
+    python certify.py --sigma 0.25 --images mine.png           # your own pictures
+    torchrun --nproc_per_node=8 -- certify.py --sigma 0.5 --recipe imagenet-base --n 10000
+    python certify.py --sigma 0.5 --recipe cifar10 --shard 0/16      # one job of an array of 16
+    python certify.py --sigma 0.5 --recipe cifar10 --sequential      # same guarantee, a fraction of the draws
     python certify.py --sigma 0.5 --classifier mine.py:f --dataset cifar10 --data-path data  # any network
     python certify.py --report runs/*/certify_sigma_*.tsv --plot curves.png --published cifar10
 
@@ -13,16 +13,19 @@
 
 This file works alone: only for checkpoints of finetune.py it needs model.py beside it.
 
-What a row of the result says: with probability at least 1 - alpha over the noise drawn for that image, either g
-abstained or g answers `predict` on every x + d with |d|_2 < radius. To have all m rows true at once with 1 - alpha, run
-with --alpha alpha/m. The theorem is about f exactly as it is run here: same dtype, same device, eval mode; deploy that.
-The noise is pseudo-random, and in the default mode it is floating-point noise standing for real numbers, as in all
-published work; --sound removes the second assumption. The label is never looked at until prediction and radius are
-final.
+(torchrun's own flags end at the --: it would take --n for one of them.)
 
-Same settings, same rows: the result for an image depends on (seed, image index, settings) alone, not on the number of
-processes, their order, or interruptions. Bit for bit that holds on one type of CPU; on GPUs the kernel that is chosen
-may depend on the batch and the device, so that a logit's last bits, and so a few counts in 100 000, may differ.
+What a row of the result says: with probability at least 1 - alpha over the noise drawn for that image, either
+g abstained or g answers `predict` on every x + d with |d|_2 < radius. To have all m rows true at once with
+1 - alpha, run with --alpha alpha/m. The theorem is about f exactly as it is run here: same dtype, same
+device, eval mode; deploy that. The noise is pseudo-random, and in the default mode it is floating-point noise
+standing for real numbers, as in all published work; --sound removes the second assumption. The label is never
+looked at until prediction and radius are final.
+
+Same settings, same rows: the result for an image depends on (seed, image index, settings) alone, not on the
+number of processes, their order, or interruptions. Bit for bit that holds on one type of CPU; on GPUs the
+kernel that is chosen may depend on the batch and the device, so that a logit's last bits, and so a few counts
+in 100 000, may differ.
 
 Axes:  B noisy copies   C channels   H W pixels
 """
@@ -85,7 +88,13 @@ ANY = dict(                         # any classifier
     skip=1,                         # certify every SKIP-th test image
     radii=(0.0, 0.25, 0.5, 0.75, 1.0),
 )
-IMAGENET = dict(ANY, dataset="folder", n=10_000, skip=50, radii=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0))    # as in the paper
+IMAGENET = dict(                    # as in the paper
+    ANY,
+    dataset="folder",
+    n=10_000,
+    skip=50,
+    radii=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
+)
 RECIPES = {                         # by the recipe with which the checkpoint was made
     "digits": dict(ANY, n=10_000, skip=3, radii=(0.0, 0.25, 0.5, 0.75)),
     "cifar10": dict(ANY, dataset="cifar10", skip=20),                  # every 20th, as Cohen
@@ -127,7 +136,7 @@ def parse(argv):
     parser.add_argument("--skip", type=count, help="certify every SKIP-th test image")
     parser.add_argument("--max", type=count, help="certify at most so many")
     parser.add_argument("--shard",
-                        help="I/K: certify the I-th of K parts (from 0), for job arrays; --report merges them")
+                        help="I/K: certify the I-th of K parts (from 0), for job arrays")
     parser.add_argument("--radii", type=at_least_0, nargs="+",
                         help="radii of the table, and that --sequential settles")
     parser.add_argument("--sequential", action=switch,
@@ -168,13 +177,13 @@ def parse(argv):
     recipe = given.get("recipe", recipe)
     inherited = {key: data[key] for key in ("dataset", "data_path", "image_size") if key in data}
     for key in ("dataset", "image_size"):
-        require(not data or given.get(key, data[key]) == data[key], f"--{key.replace('_', '-')} {given.get(key)} "
-                f"contradicts {files[0]}, which was made with {data.get(key)}")
+        require(not data or given.get(key, data[key]) == data[key],
+                f"--{key.replace('_', '-')} {given.get(key)} contradicts {files[0]}: {data.get(key)}")
     if "classifier" in given and "out" not in given and "recipe" not in given:
         out = f"runs/{Path(given['classifier'].split(':')[0]).stem}"
 
-    values = DEFAULTS | RECIPES.get(recipe, ANY) | inherited | dict(recipe=recipe, checkpoint=files, out=out) | given
-    args = argparse.Namespace(**values)
+    named = dict(recipe=recipe, checkpoint=files, out=out)
+    args = argparse.Namespace(**DEFAULTS | RECIPES.get(recipe, ANY) | inherited | named | given)
     size, channels = SHAPES[args.dataset]
     args.image_size = data.get("image_size", args.image_size or size)
     args.channels = data.get("channels", channels)
@@ -189,15 +198,15 @@ def read_classifiers(files, sigma, any_sigma):
     try:
         from model import read_checkpoint
     except ModuleNotFoundError:
-        raise ValueError("checkpoints need model.py beside certify.py; any other network: --classifier") from None
+        raise ValueError("checkpoints need model.py beside certify.py; or name a --classifier") from None
     wanted = ("dataset", "image_size", "channels", "classes")
     checkpoints = [read_checkpoint(file, "finetune") for file in files]
     first = checkpoints[0]["data"]
     for file, checkpoint in zip(files, checkpoints, strict=True):
         data, tuned = checkpoint["data"], checkpoint.get("sigma")
         require(isinstance(data, dict) and {*wanted} <= data.keys(), f"{file} names no data set")
-        require(any_sigma or tuned == sigma, f"{file} was fine-tuned for sigma {tuned}, not {sigma:g}: certify at that, "
-                "or say --any-sigma")
+        require(any_sigma or tuned == sigma,
+                f"{file} was fine-tuned for sigma {tuned}, not {sigma:g}: certify at that, or --any-sigma")
         other = [key for key in wanted if data[key] != first[key]]
         require(not other, f"{file} and {files[0]} differ in {', '.join(other)}")
     return checkpoints
@@ -206,13 +215,15 @@ def read_classifiers(files, sigma, any_sigma):
 def check(args):
     """Refuse what cannot work; leave out radii that --sequential could never settle."""
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
-    require(shard and int(shard[1]) < int(shard[2]), f"--shard must be I/K with I from 0 to K - 1, not {args.shard}")
+    require(shard and int(shard[1]) < int(shard[2]),
+            f"--shard must be I/K with I from 0 to K - 1, not {args.shard}")
     require(not args.batch or args.batch % CHUNK == 0 or CHUNK % args.batch == 0,
             f"--batch must be a multiple or a divisor of {CHUNK}, not {args.batch}")
     last_alpha = args.alpha / 2 if args.sequential else args.alpha
     most = certified_radius(lower_confidence_bound(args.n, args.n, last_alpha), args.sigma)
     least_n = math.floor(-math.log2(last_alpha)) + 1                   # alpha^(1/n) > 1/2
-    require(most > 0, f"n = {args.n} copies can only abstain at alpha = {args.alpha:g}: --n {least_n} or more")
+    require(most > 0,
+            f"n = {args.n} copies can only abstain at alpha = {args.alpha:g}: --n {least_n} or more")
     reachable = [r for r in args.radii if r < most]
     if args.sequential and len(reachable) < len(args.radii):
         print(f"radii above {most:.3f} cannot be reached with n = {args.n}: left out", file=sys.stderr)
@@ -236,8 +247,7 @@ def lower_confidence_bound(k, n, alpha):
 
 
 def certified_radius(p_a, sigma, p_b=None):
-    """sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), or sigma Phi^-1(p_a) with p_b = 1 - p_a; 0 where p_a <= p_b
-    (theorem 1).
+    """sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), or sigma Phi^-1(p_a) with p_b = 1 - p_a (theorem 1).
 
     p_a: lower bound of the top class's probability; p_b: upper bound of any other's. The radius is in
     pixels' units.
@@ -270,8 +280,7 @@ def generator_for(seed, index, phase, device):
 
 @torch.inference_mode()
 def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK):
-    """How often f answers each class on n copies x + sigma N(0, I): int64 (classes,). (Cohen's
-    SampleUnderNoise.)
+    """How often f answers each class on n copies x + sigma N(0, I): int64 (classes,).
 
     Noise is drawn for CHUNK copies at a time, and f always sees `batch` copies: the counts do not depend on
     n's rest.
@@ -307,17 +316,13 @@ def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=
 
 
 def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
-    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability at most alpha. Arguments as
-    certify's.
-    """
+    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability at most alpha."""
     counts = count_under_noise(classifier, x, sigma, n, generator_for(seed, index, 2, x.device), batch)
     return clear_winner(counts, alpha)
 
 
 def clear_winner(counts, alpha):
-    """The class with the most counts (classes,), or -1 unless a two-sided binomial test tells the top two
-    apart.
-    """
+    """The class with the most counts (classes,), or -1 if a binomial test cannot tell the top two apart."""
     order = counts.numpy().argsort(kind="stable")[::-1]
     first, second = int(counts[order[0]]), int(counts[order[1]])
     if binomtest(first, first + second, 0.5).pvalue > alpha:
@@ -331,8 +336,7 @@ def clear_winner(counts, alpha):
 
 
 def log_e_value(k, n, p):
-    """Log of the evidence against P[success] <= p after k successes in n trials: a test that may be looked
-    at any time.
+    """Log of the evidence against P[success] <= p after k successes in n trials, to be looked at any time.
 
     E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2) density
     restricted to (p, 1]. For each q > p the likelihood ratio is multiplied, at the next trial, by q/p or
@@ -348,7 +352,7 @@ def log_e_value(k, n, p):
 
 
 def anytime_lower_bound(k, n, alpha):
-    """The p where log_e_value(k, n, p) crosses log(1/alpha): P[p <= P(success), at every look] >= 1 - alpha."""
+    """Where log_e_value(k, n, p) crosses log(1/alpha): P[p <= P(success), at all looks] >= 1 - alpha."""
     if k == 0:
         return 0.0                                                     # no evidence
     low, high = 0.0, k / n
@@ -372,15 +376,12 @@ class FixedN:
         return self.n
 
     def decide(self, k, n, bound):
-        """(lower bound of P[f = c_A], whether to stop) after k in n draws; `bound` is that of the look
-        before.
-        """
+        """(lower bound of P[f = c_A], whether to stop) after k in n draws; `bound`: of the look before."""
         return lower_confidence_bound(k, n, self.alpha), True
 
 
 class Sequential:
-    """Looks again and again, at most until n draws, and stops when the radii that a table asks for are
-    settled.
+    """Looks again and again, at most until n draws, and stops when the radii of a table are settled.
 
     An image stops when the largest of `radii` is certified; when the next one up is futile, that is, the
     evidence against P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: the bounds hold wherever
@@ -513,7 +514,7 @@ def count_classes(classifier, requests, noise, batch=CHUNK):
         for drawn in range(0, wanted, CHUNK):
             chunks.append((row, image, generator, min(CHUNK, wanted - drawn)))
 
-    # A pass has room for so many chunks. Every copy has an owner: the row of the result in which its answer counts.
+    # A pass has room for so many chunks. Every copy has an owner: the row of the result where it counts.
     room = max(1, batch // CHUNK)
     copies = torch.zeros(room * CHUNK, *x.shape, device=x.device, dtype=x.dtype)     # B C H W
     owner = torch.empty(room * CHUNK, dtype=torch.int64, device=x.device)            # B
@@ -650,8 +651,7 @@ def read_rows(path):
 
 
 def excess(m, alpha, rho=0.001):
-    """q: with probability 1 - rho at most q of m certificates are wrong, each with chance <= alpha: a
-    binomial quantile.
+    """q: with probability 1 - rho at most q of m certificates are wrong: a binomial quantile.
 
     (Cohen 2019, appendix, bounds the same by Bernstein's inequality.)
     """
@@ -661,7 +661,8 @@ def excess(m, alpha, rho=0.001):
 def seconds_of(time):
     """Of Cohen's "h:mm:ss.ffffff", "1 day, h:mm:ss", or seconds."""
     units = (1, 60, 3600, 86400)
-    return sum(float(part) * unit for part, unit in zip(re.findall(r"[\d.]+", time)[::-1], units, strict=False))
+    parts = re.findall(r"[\d.]+", time)[::-1]
+    return sum(float(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
 class Summary:
@@ -690,9 +691,7 @@ class Summary:
 
 
 def summarise(files):
-    """One Summary for each sigma of the files; rows of one image that stand twice (shards that overlap)
-    count once.
-    """
+    """One Summary for each sigma of the files; rows of one image that stand twice count once."""
     rows = {}
     for path in files:
         for row in read_rows(path):
@@ -707,9 +706,7 @@ def summarise(files):
 
 
 def table(summaries, radii, kind="text"):
-    """Certified accuracy in % at each radius, for each sigma and the best over them, as text, markdown or
-    csv.
-    """
+    """Certified accuracy in % at each radius, for each sigma and the best over them."""
 
     def percent(shares):
         return [f"{100 * share:.1f}" for share in shares]
@@ -717,8 +714,8 @@ def table(summaries, radii, kind="text"):
     lines = [["sigma", "images", *(f"r={r:g}" for r in radii), "ACR", "abstain", "s/image"]]
     for one in summaries:
         accuracy = percent(one.accuracy(r) for r in radii)
-        abstained = f"{100 * one.abstained:.1f}%"
-        lines.append([f"{one.sigma:g}", f"{one.m}", *accuracy, f"{one.acr:.3f}", abstained, f"{one.seconds:.2f}"])
+        others = [f"{one.acr:.3f}", f"{100 * one.abstained:.1f}%", f"{one.seconds:.2f}"]
+        lines.append([f"{one.sigma:g}", f"{one.m}", *accuracy, *others])
     if len(summaries) > 1:
         best = percent(max(one.accuracy(r) for one in summaries) for r in radii)
         lines.append(["best", "", *best, "", "", ""])
@@ -745,7 +742,8 @@ def plot(path, summaries, published=None):
     figure = Figure(figsize=(6.4, 4))
     axis = figure.subplots()
     kinds = figure.canvas.get_supported_filetypes()
-    require(Path(path).suffix[1:] in kinds, f"cannot draw {path}: its name must end in one of {', '.join(kinds)}")
+    require(Path(path).suffix[1:] in kinds,
+            f"cannot draw {path}: its name must end in one of {', '.join(kinds)}")
     colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"))
     for one, colour in zip(summaries, colours, strict=False):
         r = np.linspace(0, max(0.1, *one.radii * 1.02) if len(one.radii) else 0.1, 500)
@@ -757,8 +755,8 @@ def plot(path, summaries, published=None):
         radii, methods = PUBLISHED[published]
         for (name, values), mark in zip(methods.items(), "os^vDX*Ph", strict=True):
             axis.plot(radii, values, mark, color="0.35", markersize=5, fillstyle="none", label=name)
-    axis.set(xlabel="certified $\\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)", ylim=(0, 100))
-    axis.set_xlim(left=0)
+    axis.set(xlabel="certified $\\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
+    axis.set(xlim=(0, None), ylim=(0, 100))
     axis.grid(alpha=0.3)
     if published:
         axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))   # a long list: beside the curves
@@ -780,9 +778,7 @@ def report(args):
 
 
 def open_classifier(args, checkpoints, device):
-    """The base classifier f that the arguments name: (B, C, H, W) in [0, 1] -> logits (B, classes), in eval
-    mode.
-    """
+    """The base classifier f of the arguments: (B, C, H, W) in [0, 1] -> logits (B, classes)."""
     if args.classifier:
         models = [load_callable(args.classifier)]
     else:
@@ -805,8 +801,9 @@ def load_callable(place):
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    require(callable(getattr(module, name, None)), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-    return getattr(module, name)
+    found = getattr(module, name, None)
+    require(callable(found), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
+    return found
 
 
 def rebuild(checkpoint, file):
@@ -849,9 +846,7 @@ def merge_parts(parts):
 
 
 def gather_parts(result, first):
-    """What earlier processes left, {idx: row}; rank 0 puts it into the part `first`, and all go on from
-    there.
-    """
+    """What earlier processes left, {idx: row}; rank 0 puts it into the part `first`, all go on from there."""
     if is_rank_zero():
         parts = sorted(result.parent.glob(f"{result.name}.part*"))
         lines = [f"{row}\n" for row in merge_parts(parts).values()]
@@ -893,7 +888,8 @@ class Progress:
         for i, r in enumerate(self.shown):
             self.right[i] += correct and radius >= r
         seconds = time.time() - self.start
-        accuracy = [f"r={r:g}: {right / self.done:.1%}" for r, right in zip(self.shown, self.right, strict=True)]
+        shares = zip(self.shown, self.right, strict=True)
+        accuracy = [f"r={r:g}: {right / self.done:.1%}" for r, right in shares]
         status = "  ".join([*accuracy, f"{self.drawn / seconds:,.0f} draws/s"])
         self.bar.update()
         self.bar.set_postfix_str(status)
@@ -915,7 +911,8 @@ def finish(result, args):
     one = summaries[0]
     clean = binomtest(one.right(0), one.m).proportion_ci(method="wilson")
     print(table(summaries, args.radii))
-    print(f"clean accuracy of g {one.accuracy(0):.1%} (Wilson interval, 95 %: {clean.low:.1%} to {clean.high:.1%})")
+    print(f"clean accuracy of g {one.accuracy(0):.1%} "
+          f"(Wilson interval, 95 %: {clean.low:.1%} to {clean.high:.1%})")
     if args.sequential:
         print(f"{one.draws:,} draws, {one.draws / (one.m * args.n):.1%} of n = {args.n:,} an image")
 
@@ -984,7 +981,7 @@ def certify_test_images(args, checkpoints, classifier, rule, rank, world, device
 
 def certify_with(args, checkpoints):
     """The stage: open f, choose how many copies are drawn, certify."""
-    rank, world, device = start_processes(args.device, timeout=timedelta(days=30))   # ranks may finish hours apart
+    rank, world, device = start_processes(args.device, timeout=timedelta(days=30))   # ranks end hours apart
     gpu = device.type == "cuda"
     args.device = device.type
     args.batch = args.batch or (4 * CHUNK if gpu or args.image_size <= 64 else CHUNK)
@@ -1030,9 +1027,7 @@ def require(condition, sentence):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that
-    broke.
-    """
+    """An error inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a broken run."""
     script = Path(__file__).name
     try:
         yield
@@ -1047,9 +1042,7 @@ def one_line_errors():
 
 
 def new_parser(doc, defaults):
-    """An argparse parser that returns the flags that were given and no others: defaults come from the
-    recipe.
-    """
+    """An argparse parser that returns the flags that were given alone: recipes hold the defaults."""
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
@@ -1101,9 +1094,7 @@ def say(*words):
 
 
 def start_processes(device, timeout=None):
-    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on
-    GPUs.
-    """
+    """(rank, world, device); joins torchrun's process group: gloo for CPU tensors, NCCL for GPUs'."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -1126,9 +1117,7 @@ def start_processes(device, timeout=None):
 
 
 def gather(values):
-    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each
-    other.
-    """
+    """A few numbers of every rank, (numbers, world), on the CPU; also where ranks wait for each other."""
     own = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized():
         return own[:, None]
@@ -1138,7 +1127,7 @@ def gather(values):
 
 
 def pick_dtype(dtype, device, earlier):
-    """What "auto" stands for: the dtype that the run began with, else bf16 on GPUs that have it, else fp32."""
+    """"auto": the dtype with which the run began, else bf16 on GPUs that have it natively, else fp32."""
     if dtype != "auto":
         return dtype
     if "dtype" in earlier:
@@ -1153,9 +1142,7 @@ def sha256(path):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new
-    one.
-    """
+    """write(temporary path), then rename: after a crash, too, there is the old file or the new one."""
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -1175,8 +1162,7 @@ def read_settings(stem, overwrite):
 
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
-    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to
-    them.
+    """Hold the files `stem`.* for this job: settings lie in `stem`.json, no other job writes to them.
 
     A run that began with other settings (but for those that `may_change`) is refused. The file `result`
     says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
@@ -1201,9 +1187,11 @@ def run_directory(stem, settings, may_change, result, overwrite):
         for key in sorted({*before, *settings} - {*may_change}):
             if before and before.get(key) != settings.get(key):
                 other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
-        require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+        require(not other,
+                f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
         if not result.exists():
-            write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+            text = json.dumps(settings, indent=1) + "\n"
+            write_atomically(f"{stem}.json", lambda path: path.write_text(text))
     gather([0])
     try:
         yield
@@ -1213,9 +1201,7 @@ def run_directory(stem, settings, may_change, result, overwrite):
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the
-    middle.
-    """
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`."""
 
     labels: torch.Tensor                                               # M
     classes: list                                                      # the classes' names
@@ -1295,9 +1281,7 @@ def read_picture(file, channels):
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of
-    it.
-    """
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224, then S x S of it."""
     from torchvision.transforms.v2 import functional as T
 
     if picture.shape[1:] == (size, size):

@@ -1,17 +1,17 @@
-"""Stage 2: fine-tune the pre-trained encoder as the base classifier f of a smoothed classifier (DMAE, section 3.2).
+"""Stage 2: fine-tune the encoder as the base classifier f of a smoothed classifier (DMAE, section 3.2).
 
-    python finetune.py --sigma 0.25                                 # digits, two CPU cores: half a minute
-    python finetune.py --sigma 0.5 --recipe cifar10                 # one GPU
+    python finetune.py --sigma 0.25                            # digits, two CPU cores: half a minute
+    python finetune.py --sigma 0.5 --recipe cifar10            # one GPU
     torchrun --nproc_per_node=8 finetune.py --sigma 0.25 --recipe imagenet-base --init dmae_base.pth
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 finetune.py --sigma ...
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 finetune.py ...
     python finetune.py --sigma 0.25 --linear-probe --init runs/digits/pretrain.pt --out runs/probe
     python finetune.py --sigma 0.25 --init scratch --out runs/scratch   # no pre-training, for comparison
-    python finetune.py --sigma 0.25 --export vit.pt                 # the finished classifier, for timm
+    python finetune.py --sigma 0.25 --export vit.pt            # the finished classifier, for timm
 
 f learns to classify x + N(0, sigma^2 I). The decoder is dropped; data set, sizes, mean and std come from the
-pre-training checkpoint (RUN/pretrain.pt unless --init names one). The best model on held-out training images, by
-majority vote over noisy copies, becomes RUN/finetune_sigma_S.pt; the test images are looked at once, at the end.
-Killed at any moment, the same command goes on from its last checkpoint and ends with the same bits.
+pre-training checkpoint (RUN/pretrain.pt unless --init names one). The best model on held-out training images,
+by majority vote over noisy copies, becomes RUN/finetune_sigma_S.pt; the test images are looked at once, at
+the end. Killed at any moment, the same command goes on from its last checkpoint and ends with the same bits.
 
 Axes:  B images   C channels   H W pixels   m noisy copies of each image
 """
@@ -211,8 +211,8 @@ PROBES = {                                 # of recipes other than ImageNet's
 }
 INHERITED = ("dataset", "data_path", "image_size", "normalisation", "holdout", "model", "model_size")
 MAY_CHANGE = {                             # when a run is continued
-    "data_path", "out", "init", "device", "device_batch", "workers", "compile", "overwrite", "dry_run", "recompute",
-    "export",
+    "data_path", "out", "init", "device", "device_batch", "workers", "compile", "overwrite", "dry_run",
+    "recompute", "export",
 }
 
 
@@ -222,9 +222,7 @@ MAY_CHANGE = {                             # when a run is continued
 
 
 def parse(argv):
-    """The settings: what the flags say, else what the pre-training checkpoint was made with, else the
-    recipe.
-    """
+    """The settings: what flags say, else what the pre-training checkpoint was made with, else the recipe."""
     parser = new_parser(__doc__, DEFAULTS | RECIPES["digits"])
     count = number(int, least=1)
     at_least_0 = number(float, least=0)
@@ -234,11 +232,12 @@ def parse(argv):
     parser.add_argument("--sigma", type=at_least_0, required=True,
                         help="standard deviation of the noise, pixels in [0, 1]")
     parser.add_argument("--init",
-                        help="pre-training checkpoint (ours, the published DMAE's, MAE's, timm's), or scratch")
+                        help="pre-trained weights (ours, the published DMAE's, MAE's, timm's), or scratch")
     parser.add_argument("--holdout", type=number(float, above=0),
                         help="training images for model selection: share or number")
     parser.add_argument("--labels-per-class", type=count, help="train on this many images of each class")
-    parser.add_argument("--augment", choices=("none", "shift", "flip", "shift-flip", "resized-crop", "rand-augment"))
+    kinds = ("none", "shift", "flip", "shift-flip", "resized-crop", "rand-augment")
+    parser.add_argument("--augment", choices=kinds, help="the last two are for pictures from files")
     parser.add_argument("--erasing", type=share, help="chance of erasing a rectangle of a picture")
     parser.add_argument("--mixup", type=at_least_0, help="mixup's Beta parameter; 0: off")
     parser.add_argument("--cutmix", type=at_least_0, help="cutmix's Beta parameter; 0: off")
@@ -269,7 +268,7 @@ def parse(argv):
         if checkpoint.get("kind") == "pretrain":
             made_with = checkpoint.get("settings", {})
     recipe = given.get("recipe", made_with.get("recipe", "digits"))
-    require(recipe in RECIPES, f"{init} was made with the recipe {recipe!r}, which is unknown: name a --recipe")
+    require(recipe in RECIPES, f"{init} was made with an unknown recipe, {recipe!r}: name a --recipe")
     values = DEFAULTS | RECIPES[recipe]
     if given.get("linear_probe"):
         values |= PROBES.get(recipe, PROBE)
@@ -279,7 +278,8 @@ def parse(argv):
             require(key in ("data_path", "holdout") or given.get(key, made_with[key]) == made_with[key],
                     f"--{key.replace('_', '-')} {given.get(key)} contradicts {init}, which was made with "
                     f"{made_with[key]} (to transfer it to other data, name another --recipe)")
-    args = argparse.Namespace(**values | dict(recipe=recipe, init=init, out=given.get("out", f"runs/{recipe}")) | given)
+    named = dict(recipe=recipe, init=init, out=f"runs/{recipe}")
+    args = argparse.Namespace(**values | named | given)
     if args.consistency_eta is None:
         args.consistency_eta = 0.5 if args.sigma < 1 else 0.1
     return args
@@ -291,7 +291,7 @@ def parse(argv):
 
 
 def make_augment(kind, images, erasing):
-    """The augmentation called `kind`: of batches in memory, or (the last two) of single pictures from files."""
+    """The augmentation called `kind`: of batches in memory, or (the last two) of pictures from files."""
     if kind == "none":
         return None
     from_files = images.files is not None
@@ -309,9 +309,7 @@ def make_augment(kind, images, erasing):
 
 
 def make_mix(mixup, cutmix, classes):
-    """(images, labels) -> (images, targets (B, classes)): mixup or cutmix at random, where their parameter
-    is not 0.
-    """
+    """(images, labels) -> (images, targets (B, classes)): mixup or cutmix, where their parameter is not 0."""
     mixes = []
     if mixup:
         mixes.append(v2.MixUp(alpha=mixup, num_classes=classes))
@@ -323,9 +321,7 @@ def make_mix(mixup, cutmix, classes):
 
 
 def few_labels(train, labels, classes, count, seed):
-    """`count` of the images `train` (m,) of each class, chosen by the seed, again and again until there are
-    m.
-    """
+    """`count` of the images `train` (m,) of each class, chosen by the seed, over and over up to m."""
     order = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed_of(seed)))]
     chosen = torch.cat([order[labels[order] == label][:count] for label in range(classes)])
     return chosen.repeat(math.ceil(len(train) / len(chosen)))[:len(train)]
@@ -361,7 +357,8 @@ def classification_loss(network, images, targets, args):
     noisy = images + args.sigma * torch.randn_like(images)                           # mB C H W
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
         logits = rearrange(network(noisy), "(m b) k -> m b k", m=copies)             # m B classes
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.repeat(copies, 1), label_smoothing=args.label_smoothing)
+    every, target = logits.flatten(0, 1), targets.repeat(copies, 1)                  # mB classes, mB classes
+    loss = F.cross_entropy(every, target, label_smoothing=args.label_smoothing)
     if args.consistency:
         loss = loss + consistency_loss(logits.float(), args.consistency, args.consistency_eta)
     return loss
@@ -373,9 +370,7 @@ def classification_loss(network, images, targets, args):
 
 
 def build_model(args, classes, device):
-    """The classifier with the pre-trained encoder, on the device; of a linear probe only the head is
-    trained.
-    """
+    """The classifier with the pre-trained encoder, on the device; a linear probe trains its head alone."""
     torch.manual_seed(args.seed)
     model = build_vit(
         args.model,
@@ -407,9 +402,7 @@ def layer_of(name, depth):
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """One group for every layer with and without weight decay; its lr_scale is layer_decay^(depth + 1 -
-    layer).
-    """
+    """One group for every layer with and without decay; its lr_scale is layer_decay^(depth + 1 - layer)."""
     groups = {}
     depth = len(model.blocks)
     for name, parameter in model.named_parameters():
@@ -424,8 +417,7 @@ def parameter_groups(model, weight_decay, layer_decay):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) of SGD with momentum, for the
-    probe.
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) of SGD with momentum.
 
     The gradient of a matrix w is scaled by trust * |w| / |gradient + weight_decay * w|; that of a 1-D
     parameter is not.
@@ -474,7 +466,8 @@ def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, devic
     starts = range(rank * batch, len(index), world * batch)
     blocks = [[(0, i) for i in index[start:start + batch].tolist()] for start in starts]
     clean = noisy = voted = 0
-    for start, (pixels, labels) in zip(starts, load_batches(images, blocks, device, workers=workers), strict=True):
+    batches = load_batches(images, blocks, device, workers=workers)
+    for start, (pixels, labels) in zip(starts, batches, strict=True):
         x = pixels / images.levels                                                   # B C H W in [0, 1]
         torch.manual_seed(seed_of(seed, start, 0))
         clean += (model(x).argmax(dim=1) == labels).sum()
@@ -492,9 +485,7 @@ def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, devic
 
 
 def measure(model, images, index, voting, args, rank, world, device):
-    """evaluate() as a dict; if `voting`, also over 100 noisy copies of at most 1000 of the images, else vote
-    = None.
-    """
+    """evaluate() as a dict; the vote, if `voting`, over 100 noisy copies of at most 1000 of the images."""
     if world > 1:
         for buffer in model.buffers():                       # a probe's statistics: rank 0's, which are saved
             dist.broadcast(buffer, 0)
@@ -516,8 +507,7 @@ def describe(found):
 
 
 def export(source, path):
-    """Write a fine-tuned classifier for timm:
-    VisionTransformer(**file["model_args"]).load_state_dict(file["state_dict"]).
+    """Write a fine-tuned classifier for timm's VisionTransformer(**model_args).load_state_dict(state_dict).
 
     The names are timm's already; a linear probe's BatchNorm is folded into its linear layer. timm's models
     take images that are resized and normalised beforehand: "mean", "std" and "img_size" say how.
@@ -583,7 +573,8 @@ def finetune(args):
     channels = SIZES[args.model]["channels"]
     images = open_images(args.dataset, args.data_path, True, args.image_size, channels)
     test = open_images(args.dataset, args.data_path, False, args.image_size, channels)
-    require(images.classes == test.classes, f"the classes of training and test images differ in {args.data_path}")
+    require(images.classes == test.classes,
+            f"the classes of training and test images differ in {args.data_path}")
     keep_small_images(images, device)
     keep_small_images(test, device)
     train, held_out = hold_out(images, args.holdout)
@@ -604,8 +595,8 @@ def finetune(args):
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
-    say(f"{args.model}: {count_trained(model):,} trained parameters on {world} x {device.type} in {args.dtype}; "
-        f"{labelled:,} images; {steps:,} steps of {world} x {micro_batches} x {device_batch} = {args.batch} images; "
+    say(f"{args.model}: {count_trained(model):,} parameters on {world} x {device.type} in {args.dtype}; "
+        f"{labelled:,} images; {steps:,} steps of {world} x {micro_batches} x {device_batch} = {args.batch}; "
         f"lr {peak:.3g}; sigma {args.sigma:g}")
 
     # Everything that certification, or this stage after a stop, has to know.
@@ -636,7 +627,8 @@ def finetune(args):
             lr = learning_rate(step, steps, warmup, peak, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            total += train_step(network, optimizer, batches, mix, images.levels, micro_batches, args, step, rank)
+            total += train_step(network, optimizer, batches, mix, images.levels, micro_batches, args, step,
+                                rank)
             counted += 1
             bar.update()
 
@@ -745,9 +737,7 @@ def training_positions(index, batch, device_batch, start, steps, seed, rank, wor
 
 
 def share_batch(batch, world, largest):
-    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <=
-    largest.
-    """
+    """(device batch, micro-batches): their product is batch / world, and device batch <= largest."""
     require(batch % world == 0, f"a batch of {batch} cannot be divided by {world} processes")
     share = batch // world
     device_batch = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
@@ -755,9 +745,7 @@ def share_batch(batch, world, largest):
 
 
 def count_steps(args, images):
-    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is
-    left out.
-    """
+    """(steps of an epoch, steps in all, steps of warm-up) with so many training images."""
     require(images >= args.batch, f"{images} training images are fewer than one batch of {args.batch}")
     per_epoch = images // args.batch
     steps = int(args.epochs * per_epoch)
@@ -766,15 +754,14 @@ def count_steps(args, images):
 
 
 def shift_and_flip(shift, flip):
-    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to
-    right.
+    """An augmentation of batches: by up to `shift` pixels each way (borders repeat), and left to right.
 
     augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
     """
 
     def augment(pixels, uniforms):
         side = torch.arange(pixels.shape[-1], device=pixels.device)                  # S
-        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift               # B 2, from -shift to shift
+        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift                 # B 2, -shift..shift
         y = side + offsets[:, :1]                                                    # B S, source rows
         x = side + offsets[:, 1:]                                                    # B S, source columns
         if flip:
@@ -806,16 +793,17 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def load_batches(images, positions, device, augment=None, seed=0, workers=0):
-    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in
-    `positions`.
+    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each [(epoch, image), ...] of positions.
 
-    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are
-    files.
+    It is augment(pixels (b, C, S, S), uniforms (b, 4)) for images in memory, augment(picture) for files.
     """
     if images.files is not None:
-        pictures = Pictures(images, augment, seed)
-        pinned = device.type == "cuda"
-        loader = torch.utils.data.DataLoader(pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned)
+        loader = torch.utils.data.DataLoader(
+            Pictures(images, augment, seed),
+            batch_sampler=positions,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
         for pixels, labels in loader:
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         return
@@ -849,10 +837,9 @@ def hold_out(images, holdout):
 
 
 def evenly_spaced(index, count):
-    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of
-    one.
-    """
-    return index[torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64).long()]
+    """`count` of the images `index`, or all. (The first ones of class folders would be of one class.)"""
+    places = torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64)
+    return index[places.long()]
 
 
 def use_deterministic_kernels(wanted):
@@ -884,16 +871,19 @@ class RunFiles:
         self.start = time.time()
 
     def resume(self, model, optimizer):
-        """Go on from .last.pt: (step, all that it holds), or (0, None). The log is cut back to that moment."""
-        state = read_checkpoint(self.last) if self.last.exists() else None
-        rows = self.log_file.read_text().splitlines(keepends=True)[:state["rows"]] if state else []
+        """Go on from .last.pt: (step, all that it holds), or (0, None). The log is cut back to that step."""
+        state = None
+        rows = []
+        if self.last.exists():
+            state = read_checkpoint(self.last)
+            rows = self.log_file.read_text().splitlines(keepends=True)[:state["rows"]]
         gather([0])                                                    # all have read before rank 0 writes
         if is_rank_zero():
             write_atomically(self.log_file, lambda path: path.write_text("".join(rows)))
         if state is None:
             return 0, None
         self.rows = len(rows)
-        self.start = time.time() - (json.loads(rows[-1])["time"] if rows else 0)
+        self.start = time.time() - json.loads(rows[-1])["time"]
         load_weights(model, state["model"], self.last)
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {self.last} after step {state['step']}")
@@ -912,7 +902,7 @@ class RunFiles:
         """Log the mean of the ranks' losses, and show it; where it is not finite, the run ends."""
         loss = gather([float(loss)]).mean().item()
         if not math.isfinite(loss):
-            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the checkpoint before it stays")
+            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the last checkpoint stays")
         row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
         bar.set_postfix(loss=f"{loss:.4f}")
         if bar.disable:
@@ -966,9 +956,7 @@ def require(condition, sentence):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that
-    broke.
-    """
+    """An error inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a broken run."""
     script = Path(__file__).name
     try:
         yield
@@ -983,9 +971,7 @@ def one_line_errors():
 
 
 def new_parser(doc, defaults):
-    """An argparse parser that returns the flags that were given and no others: defaults come from the
-    recipe.
-    """
+    """An argparse parser that returns the flags that were given alone: recipes hold the defaults."""
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
@@ -1037,9 +1023,7 @@ def say(*words):
 
 
 def start_processes(device, timeout=None):
-    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on
-    GPUs.
-    """
+    """(rank, world, device); joins torchrun's process group: gloo for CPU tensors, NCCL for GPUs'."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -1062,9 +1046,7 @@ def start_processes(device, timeout=None):
 
 
 def gather(values):
-    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each
-    other.
-    """
+    """A few numbers of every rank, (numbers, world), on the CPU; also where ranks wait for each other."""
     own = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized():
         return own[:, None]
@@ -1074,7 +1056,7 @@ def gather(values):
 
 
 def pick_dtype(dtype, device, earlier):
-    """What "auto" stands for: the dtype that the run began with, else bf16 on GPUs that have it, else fp32."""
+    """"auto": the dtype with which the run began, else bf16 on GPUs that have it natively, else fp32."""
     if dtype != "auto":
         return dtype
     if "dtype" in earlier:
@@ -1089,9 +1071,7 @@ def sha256(path):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new
-    one.
-    """
+    """write(temporary path), then rename: after a crash, too, there is the old file or the new one."""
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -1111,8 +1091,7 @@ def read_settings(stem, overwrite):
 
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
-    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to
-    them.
+    """Hold the files `stem`.* for this job: settings lie in `stem`.json, no other job writes to them.
 
     A run that began with other settings (but for those that `may_change`) is refused. The file `result`
     says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
@@ -1137,9 +1116,11 @@ def run_directory(stem, settings, may_change, result, overwrite):
         for key in sorted({*before, *settings} - {*may_change}):
             if before and before.get(key) != settings.get(key):
                 other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
-        require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+        require(not other,
+                f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
         if not result.exists():
-            write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+            text = json.dumps(settings, indent=1) + "\n"
+            write_atomically(f"{stem}.json", lambda path: path.write_text(text))
     gather([0])
     try:
         yield
@@ -1149,9 +1130,7 @@ def run_directory(stem, settings, may_change, result, overwrite):
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the
-    middle.
-    """
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`."""
 
     labels: torch.Tensor                                               # M
     classes: list                                                      # the classes' names
@@ -1231,9 +1210,7 @@ def read_picture(file, channels):
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of
-    it.
-    """
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224, then S x S of it."""
     from torchvision.transforms.v2 import functional as T
 
     if picture.shape[1:] == (size, size):

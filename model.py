@@ -1,10 +1,10 @@
 """The networks of Denoising Masked Autoencoders (DMAE; Wu et al., ICLR 2023, arXiv 2210.06983).
 
-Pre-training corrupts an image x in [0, 1] twice, by Gaussian noise in pixel space and by dropping patches, and
-asks for the clean image back:
+Pre-training corrupts an image x in [0, 1] twice, by Gaussian noise in pixel space and by dropping patches,
+and asks for the clean image back:
 
-    x  ->  x + sigma * N(0, I)  ->  resize, normalise  ->  patches  ->  encoder on the kept ones  ->  decoder on all
-       ->  mean squared error against the clean patches, kept *and* dropped.
+    x  ->  x + sigma * N(0, I)  ->  resize, normalise  ->  patches  ->  encoder on the kept ones
+       ->  decoder on all  ->  mean squared error against the clean patches, kept *and* dropped.
 
 Afterwards the decoder is thrown away, and the encoder becomes the classifier f of the smoothed classifier
 g(x) = argmax_c P[f(x + N(0, sigma^2 I)) = c]. Everything about pixels (resize, mean, std) lives inside the
@@ -16,7 +16,7 @@ networks, so that sigma and certified radii are in the units of the data set's o
     vit = build_vit("vit_base_patch16", num_classes=1000)           # 86.6M parameters
     load_encoder(vit, "pretrain.pt")                             # ours, the published DMAE's, MAE's or timm's
 
-Axes:  B images   C channels   H W pixels   N patches (h x w of them)   K kept patches   D width   P patch side
+Axes:  B images   C channels   H W pixels   N patches (h x w)   K kept patches   D width   P patch side
 
 What is wrong with an argument or a file is a ValueError of one sentence.
 """
@@ -67,7 +67,7 @@ def sincos_positions(dim, grid):
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    y, x = torch.meshgrid(rows, columns, indexing="ij")                              # h w each
     x_angles = x.flatten()[:, None] * omega                                          # N D/4
     y_angles = y.flatten()[:, None] * omega                                          # N D/4
     table = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=1)
@@ -100,9 +100,7 @@ def random_masking(mask_noise, mask_ratio):
 
 
 def standardise_patches(patches):
-    """Each patch (..., P*P*C) by its own mean and unbiased variance + 1e-6: norm-pix targets (MAE, section
-    4.1).
-    """
+    """Each patch (..., P*P*C) by its own mean and unbiased variance + 1e-6: norm-pix (MAE, 4.1)."""
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
@@ -114,7 +112,7 @@ def standardise_patches(patches):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(d)) v in each head of width d."""
+    """Multi-head self-attention (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(d)) v in each head."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -123,15 +121,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
+        qkv = self.qkv(x)                                                            # B N 3D
+        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
         x = F.scaled_dot_product_attention(q, k, v)                                  # B heads N d
         return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; in training each residual branch is dropped per image with chance
-    `drop_path`.
-    """
+    """Pre-norm transformer block; in training each branch is dropped per image with chance `drop_path`."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
@@ -147,9 +144,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def stochastic_depth(self, branch):
-        """Drop the whole branch of some images, and scale the others' so that the mean stays (Huang et al.
-        2016).
-        """
+        """Drop the branch of some images; scale the others', so that the mean stays (Huang et al. 2016)."""
         if not self.training or self.drop_path == 0:
             return branch
         survive = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -167,7 +162,8 @@ class Encoder(nn.Module):
     the noise, and so sigma and the radius, belong to the 32 x 32 image (paper, section 4.3).
     """
 
-    def __init__(self, image_size, patch_size, channels, dim, depth, heads, mean, std, mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, image_size, patch_size, channels, dim, depth, heads, mean, std, mlp_ratio=4.0,
+                 drop_path=0.0):
         super().__init__()
         self.image_size = image_size
         self.patch_size = patch_size
@@ -187,9 +183,7 @@ class Encoder(nn.Module):
         self.recompute_activations = False                                           # trades time for memory
 
     def initialise(self):
-        """Xavier for every linear map (the patch embedding is one), zero biases, N(0, 0.02^2) for learned
-        tokens.
-        """
+        """Xavier for every linear map (the patch embedding is one), zero biases, N(0, 0.02^2) for tokens."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -215,9 +209,7 @@ class Encoder(nn.Module):
         return torch.cat([cls, tokens], dim=1)
 
     def run(self, blocks, x):
-        """Tokens through `blocks`; with `recompute_activations` only the blocks' inputs are kept for the
-        gradient.
-        """
+        """Tokens through `blocks`; with recompute_activations only their inputs are kept for the gradient."""
         for block in blocks:
             if self.recompute_activations and self.training:
                 x = recompute(block, x, use_reentrant=False)
@@ -263,8 +255,7 @@ class VisionTransformer(Encoder):
 
 
 class DenoisingMaskedAutoencoder(Encoder):
-    """DMAE (paper, section 3.2): reconstruct the clean image from a noisy one of which most patches are
-    dropped.
+    """DMAE (paper, section 3.2): reconstruct the clean image from a noisy one, most patches dropped.
 
     loss_on = "all" is the paper's loss; "dropped", with sigma = 0, is the plain masked autoencoder (MAE).
     """
@@ -287,9 +278,7 @@ class DenoisingMaskedAutoencoder(Encoder):
         self.initialise()
 
     def encode(self, noisy, mask_ratio, mask_noise):
-        """Noisy images -> latent (B, 1 + K, D) of the kept patches, restore (B, N), mask (B, N) with 1 =
-        dropped.
-        """
+        """Noisy images -> latent (B, 1 + K, D) of kept patches, restore (B, N), mask (B, N), 1 = dropped."""
         x = self.embed(noisy)                                                        # B N D
         keep, restore, mask = random_masking(mask_noise, mask_ratio)                 # B K, B N, B N
         x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))                 # B K D
@@ -314,9 +303,7 @@ class DenoisingMaskedAutoencoder(Encoder):
         return standardise_patches(patches) if self.norm_pix else patches
 
     def loss(self, target, prediction, mask):
-        """Mean squared error over the pixels of each patch, then over all patches (DMAE) or the dropped ones
-        (MAE).
-        """
+        """Mean squared error over a patch's pixels, then over all patches (DMAE) or dropped ones (MAE)."""
         error = (prediction - target).square().mean(dim=-1)                          # B N
         if self.loss_on == "all":
             return error.mean()
@@ -357,21 +344,25 @@ SIZES = {
         image_size=32, patch_size=4, channels=3, dim=384, depth=12, heads=6,
         decoder_dim=192, decoder_depth=2, decoder_heads=3,
     ),
-    "vit_base_patch16": dict(image_size=224, patch_size=16, channels=3, dim=768, depth=12, heads=12, **DECODER),
-    "vit_large_patch16": dict(image_size=224, patch_size=16, channels=3, dim=1024, depth=24, heads=16, **DECODER),
-    "vit_huge_patch14": dict(image_size=224, patch_size=14, channels=3, dim=1280, depth=32, heads=16, **DECODER),
+    "vit_base_patch16": dict(
+        image_size=224, patch_size=16, channels=3, dim=768, depth=12, heads=12, **DECODER,
+    ),
+    "vit_large_patch16": dict(
+        image_size=224, patch_size=16, channels=3, dim=1024, depth=24, heads=16, **DECODER,
+    ),
+    "vit_huge_patch14": dict(
+        image_size=224, patch_size=14, channels=3, dim=1280, depth=32, heads=16, **DECODER,
+    ),
 }
 
 
 def build_dmae(name, **overrides):
-    """A DenoisingMaskedAutoencoder of a named size; `overrides` replace constructor arguments. .config
-    rebuilds it.
-    """
+    """A DenoisingMaskedAutoencoder of a named size; `overrides` replace arguments, .config rebuilds it."""
     return _build(DenoisingMaskedAutoencoder, _size(name) | overrides)
 
 
 def build_vit(name, num_classes, **overrides):
-    """A VisionTransformer of a named size; `overrides` replace constructor arguments. .config rebuilds it."""
+    """A VisionTransformer of a named size; `overrides` replace arguments, .config rebuilds it."""
     encoder = {key: value for key, value in _size(name).items() if not key.startswith("decoder_")}
     return _build(VisionTransformer, encoder | {"num_classes": num_classes} | overrides)
 
@@ -408,7 +399,7 @@ def decays(name, parameter):
 
 
 def learning_rate(step, steps, warmup, peak, minimum=0.0):
-    """Linear warm-up from 0 to `peak` over `warmup` steps, then half a cosine down to `minimum` at `steps`."""
+    """Linear warm-up from 0 to `peak` in `warmup` steps, then half a cosine to `minimum` at `steps`."""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup)
@@ -421,8 +412,7 @@ def learning_rate(step, steps, warmup, peak, minimum=0.0):
 
 
 def read_checkpoint(path, kind=None):
-    """The dict {"model": state dict, ...} of a file, on the CPU: tensors and plain values, never code that
-    would run.
+    """The dict {"model": state dict, ...} of a file, on the CPU; never code that would run.
 
     kind: "pretrain" or "finetune", to accept a checkpoint of that stage of ours only.
     """
@@ -447,7 +437,9 @@ def read_checkpoint(path, kind=None):
 
 def is_state_dict(state):
     """Whether this is a non-empty dict of tensors."""
-    return isinstance(state, dict) and len(state) > 0 and all(isinstance(x, torch.Tensor) for x in state.values())
+    if not isinstance(state, dict) or not state:
+        return False
+    return all(isinstance(value, torch.Tensor) for value in state.values())
 
 
 def load_weights(model, state, origin, may_miss=(), may_leave=()):
@@ -477,8 +469,7 @@ def load_weights(model, state, origin, may_miss=(), may_leave=()):
 
 
 def load_encoder(vit, path):
-    """Start a classifier from pre-trained weights: ours, the published DMAE's, MAE's, or a timm ViT's state
-    dict.
+    """Start a classifier from pre-trained weights: ours, the published DMAE's, MAE's, or timm's.
 
     Positions are interpolated when the grid differs. A decoder, a head for other classes and a final norm of
     the other pooling are left over; the new head (and `fc_norm` after pre-training) start fresh. Returns

@@ -1,14 +1,14 @@
 """Stage 1: pre-train a denoising masked autoencoder (DMAE, section 3.2): x + noise -> mask -> reconstruct x.
 
-    python pretrain.py                                              # digits, two CPU cores: about a minute
-    python pretrain.py --recipe cifar10                             # one GPU
+    python pretrain.py                                         # digits, two CPU cores: about a minute
+    python pretrain.py --recipe cifar10                        # one GPU
     torchrun --nproc_per_node=8 pretrain.py --recipe imagenet-base --data-path /data/imagenet
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 pretrain.py --recipe ...
-    python pretrain.py --sigma 0 --loss-on dropped --out runs/mae   # the plain masked autoencoder, for comparison
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 pretrain.py ...
+    python pretrain.py --sigma 0 --loss-on dropped --out runs/mae      # the plain MAE, for comparison
 
-A recipe sets data, model and every hyperparameter; any other flag overrides one. The result is RUN/pretrain.pt,
-with a log (pretrain.jsonl) and two pictures beside it. Killed at any moment, the same command goes on from its
-last checkpoint and ends with the same bits.
+A recipe sets data, model and every hyperparameter; any other flag overrides one. The result is
+RUN/pretrain.pt, with a log (pretrain.jsonl) and two pictures beside it. Killed at any moment, the same
+command goes on from its last checkpoint and ends with the same bits.
 
 Axes:  B images   C channels   H W pixels   N patches   P patch side
 """
@@ -145,10 +145,12 @@ RECIPES = {
     ),
     "imagenet-base": dict(PAPER, model="vit_base_patch16", epochs=1100, warmup_epochs=40),
     "imagenet-large": dict(PAPER, model="vit_large_patch16", epochs=1600, warmup_epochs=40),
-    "imagenet-huge": dict(PAPER, model="vit_huge_patch14", epochs=1600, warmup_epochs=40),  # not in its tables
+    # ViT-H is in the published code, but not in the paper's tables.
+    "imagenet-huge": dict(PAPER, model="vit_huge_patch14", epochs=1600, warmup_epochs=40),
 }
 MAY_CHANGE = {                             # when a run is continued
-    "data_path", "out", "init", "device", "device_batch", "workers", "compile", "overwrite", "dry_run", "recompute",
+    "data_path", "out", "init", "device", "device_batch", "workers", "compile", "overwrite", "dry_run",
+    "recompute",
 }
 
 
@@ -191,9 +193,7 @@ def parse(argv):
 
 
 def make_augment(kind, images):
-    """The augmentation called `kind`: of batches in memory, or ("resized-crop") of single pictures from
-    files.
-    """
+    """The augmentation called `kind`: of batches in memory, or ("resized-crop") of pictures from files."""
     if kind == "none":
         return None
     from_files = images.files is not None
@@ -240,9 +240,7 @@ def build_optimizer(model, args):
 
 
 def reconstruct(model, clean, prediction):
-    """Predicted patches (B, N, P*P*C) as images (B, C, H, W) in [0, 1]; norm-pix is undone with the clean
-    patches.
-    """
+    """Predicted patches (B, N, P*P*C) as images in [0, 1]; norm-pix is undone with the clean patches."""
     if model.norm_pix:
         patches = patchify(model.prepare(clean), model.patch_size)                   # B N P*P*C
         deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
@@ -253,7 +251,7 @@ def reconstruct(model, clean, prediction):
 
 @torch.no_grad()
 def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
-    """A grid with a column per image: clean, noisy, noisy and masked (dropped patches grey), reconstruction."""
+    """A column per image: clean, noisy, noisy and masked (dropped patches grey), reconstruction."""
     noise, mask_noise = draw_corruption(clean, math.prod(model.grid), seed)
     model.eval()
     _, prediction, mask = model(clean, sigma, mask_ratio, noise, mask_noise)
@@ -296,9 +294,7 @@ def draw_loss(path, log_file):
 
 
 def draw_corruption(images, patches, *position):
-    """Noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) of a position (seed, step, micro-batch,
-    rank).
-    """
+    """Noise (B, C, H, W) ~ N(0, 1), mask_noise (B, N) ~ U(0, 1) of (seed, step, micro-batch, rank)."""
     torch.manual_seed(seed_of(*position))
     return torch.randn_like(images), torch.rand(len(images), patches, device=images.device)
 
@@ -357,9 +353,9 @@ def pretrain(args):
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     network = DistributedDataParallel(model) if world > 1 else model
-    say(f"{args.model}: {count_trained(model):,} trained parameters on {world} x {device.type} in {args.dtype}; "
-        f"{len(train):,} images; {steps:,} steps of {world} x {micro_batches} x {device_batch} = {args.batch} images; "
-        f"lr {peak:.3g}")
+    say(f"{args.model}: {count_trained(model):,} parameters on {world} x {device.type} in {args.dtype}; "
+        f"{len(train):,} images; {steps:,} steps of "
+        f"{world} x {micro_batches} x {device_batch} = {args.batch}; lr {peak:.3g}")
 
     # Everything that a later stage, or this one after a stop, has to know.
     settings = vars(args) | {"init_sha256": args.init and sha256(args.init)}
@@ -477,9 +473,7 @@ def training_positions(index, batch, device_batch, start, steps, seed, rank, wor
 
 
 def share_batch(batch, world, largest):
-    """(device batch, micro-batches) with batch = world * device batch * micro-batches, device batch <=
-    largest.
-    """
+    """(device batch, micro-batches): their product is batch / world, and device batch <= largest."""
     require(batch % world == 0, f"a batch of {batch} cannot be divided by {world} processes")
     share = batch // world
     device_batch = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
@@ -487,9 +481,7 @@ def share_batch(batch, world, largest):
 
 
 def count_steps(args, images):
-    """(steps of an epoch, steps in all, steps of warm-up) with `images` training images; an epoch's rest is
-    left out.
-    """
+    """(steps of an epoch, steps in all, steps of warm-up) with so many training images."""
     require(images >= args.batch, f"{images} training images are fewer than one batch of {args.batch}")
     per_epoch = images // args.batch
     steps = int(args.epochs * per_epoch)
@@ -498,15 +490,14 @@ def count_steps(args, images):
 
 
 def shift_and_flip(shift, flip):
-    """An augmentation of batches: by up to `shift` pixels each way (borders repeat) and, if `flip`, left to
-    right.
+    """An augmentation of batches: by up to `shift` pixels each way (borders repeat), and left to right.
 
     augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
     """
 
     def augment(pixels, uniforms):
         side = torch.arange(pixels.shape[-1], device=pixels.device)                  # S
-        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift               # B 2, from -shift to shift
+        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift                 # B 2, -shift..shift
         y = side + offsets[:, :1]                                                    # B S, source rows
         x = side + offsets[:, 1:]                                                    # B S, source columns
         if flip:
@@ -538,16 +529,17 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def load_batches(images, positions, device, augment=None, seed=0, workers=0):
-    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each list of (epoch, image) in
-    `positions`.
+    """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each [(epoch, image), ...] of positions.
 
-    augment(pixels (b, C, S, S), uniforms (b, 4)) where images are in memory, augment(picture) where they are
-    files.
+    It is augment(pixels (b, C, S, S), uniforms (b, 4)) for images in memory, augment(picture) for files.
     """
     if images.files is not None:
-        pictures = Pictures(images, augment, seed)
-        pinned = device.type == "cuda"
-        loader = torch.utils.data.DataLoader(pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned)
+        loader = torch.utils.data.DataLoader(
+            Pictures(images, augment, seed),
+            batch_sampler=positions,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
         for pixels, labels in loader:
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         return
@@ -581,10 +573,9 @@ def hold_out(images, holdout):
 
 
 def evenly_spaced(index, count):
-    """`count` of the images `index`, or all: class folders are sorted by class, so the first would be of
-    one.
-    """
-    return index[torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64).long()]
+    """`count` of the images `index`, or all. (The first ones of class folders would be of one class.)"""
+    places = torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64)
+    return index[places.long()]
 
 
 def use_deterministic_kernels(wanted):
@@ -616,16 +607,19 @@ class RunFiles:
         self.start = time.time()
 
     def resume(self, model, optimizer):
-        """Go on from .last.pt: (step, all that it holds), or (0, None). The log is cut back to that moment."""
-        state = read_checkpoint(self.last) if self.last.exists() else None
-        rows = self.log_file.read_text().splitlines(keepends=True)[:state["rows"]] if state else []
+        """Go on from .last.pt: (step, all that it holds), or (0, None). The log is cut back to that step."""
+        state = None
+        rows = []
+        if self.last.exists():
+            state = read_checkpoint(self.last)
+            rows = self.log_file.read_text().splitlines(keepends=True)[:state["rows"]]
         gather([0])                                                    # all have read before rank 0 writes
         if is_rank_zero():
             write_atomically(self.log_file, lambda path: path.write_text("".join(rows)))
         if state is None:
             return 0, None
         self.rows = len(rows)
-        self.start = time.time() - (json.loads(rows[-1])["time"] if rows else 0)
+        self.start = time.time() - json.loads(rows[-1])["time"]
         load_weights(model, state["model"], self.last)
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {self.last} after step {state['step']}")
@@ -644,7 +638,7 @@ class RunFiles:
         """Log the mean of the ranks' losses, and show it; where it is not finite, the run ends."""
         loss = gather([float(loss)]).mean().item()
         if not math.isfinite(loss):
-            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the checkpoint before it stays")
+            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the last checkpoint stays")
         row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
         bar.set_postfix(loss=f"{loss:.4f}")
         if bar.disable:
@@ -698,9 +692,7 @@ def require(condition, sentence):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What goes wrong inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a run that
-    broke.
-    """
+    """An error inside becomes one line; exit status 2 for wrong use (ValueError), 1 for a broken run."""
     script = Path(__file__).name
     try:
         yield
@@ -715,9 +707,7 @@ def one_line_errors():
 
 
 def new_parser(doc, defaults):
-    """An argparse parser that returns the flags that were given and no others: defaults come from the
-    recipe.
-    """
+    """An argparse parser that returns the flags that were given alone: recipes hold the defaults."""
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
@@ -769,9 +759,7 @@ def say(*words):
 
 
 def start_processes(device, timeout=None):
-    """(rank, world, device); joins torchrun's process group: gloo for tensors on CPUs, NCCL for those on
-    GPUs.
-    """
+    """(rank, world, device); joins torchrun's process group: gloo for CPU tensors, NCCL for GPUs'."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -794,9 +782,7 @@ def start_processes(device, timeout=None):
 
 
 def gather(values):
-    """A few numbers of every rank, (number of values, world), on the CPU; also where ranks wait for each
-    other.
-    """
+    """A few numbers of every rank, (numbers, world), on the CPU; also where ranks wait for each other."""
     own = torch.tensor(values, dtype=torch.float64)
     if not dist.is_initialized():
         return own[:, None]
@@ -806,7 +792,7 @@ def gather(values):
 
 
 def pick_dtype(dtype, device, earlier):
-    """What "auto" stands for: the dtype that the run began with, else bf16 on GPUs that have it, else fp32."""
+    """"auto": the dtype with which the run began, else bf16 on GPUs that have it natively, else fp32."""
     if dtype != "auto":
         return dtype
     if "dtype" in earlier:
@@ -821,9 +807,7 @@ def sha256(path):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks, after a crash too, finds the old file or the new
-    one.
-    """
+    """write(temporary path), then rename: after a crash, too, there is the old file or the new one."""
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -843,8 +827,7 @@ def read_settings(stem, overwrite):
 
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
-    """Hold the files `stem`.* for this job: their settings lie in `stem`.json, and no other job writes to
-    them.
+    """Hold the files `stem`.* for this job: settings lie in `stem`.json, no other job writes to them.
 
     A run that began with other settings (but for those that `may_change`) is refused. The file `result`
     says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
@@ -869,9 +852,11 @@ def run_directory(stem, settings, may_change, result, overwrite):
         for key in sorted({*before, *settings} - {*may_change}):
             if before and before.get(key) != settings.get(key):
                 other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
-        require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+        require(not other,
+                f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
         if not result.exists():
-            write_atomically(f"{stem}.json", lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
+            text = json.dumps(settings, indent=1) + "\n"
+            write_atomically(f"{stem}.json", lambda path: path.write_text(text))
     gather([0])
     try:
         yield
@@ -881,9 +866,7 @@ def run_directory(stem, settings, may_change, result, overwrite):
 
 @dataclasses.dataclass(eq=False)
 class Images:
-    """Labelled images, uint8: in memory as `pixels`, or as picture `files`, of which read(i) takes the
-    middle.
-    """
+    """Labelled images, uint8: in memory as `pixels`, or as picture `files`."""
 
     labels: torch.Tensor                                               # M
     classes: list                                                      # the classes' names
@@ -963,9 +946,7 @@ def read_picture(file, channels):
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224 (bicubic), then S x S of
-    it.
-    """
+    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224, then S x S of it."""
     from torchvision.transforms.v2 import functional as T
 
     if picture.shape[1:] == (size, size):
