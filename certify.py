@@ -9,7 +9,8 @@
     python certify.py --report runs/*/certify_sigma_*.tsv --plot curves.png --published cifar10
 
     from certify import certify
-    prediction, radius = certify(classifier, x, sigma=0.25, n0=100, n=100_000, alpha=0.001)  # x: (C, H, W)
+    for index, x in enumerate(images):                                                       # x: (C, H, W)
+        prediction, radius = certify(classifier, x, sigma=0.25, n0=100, n=100_000, alpha=0.001, index=index)
 
 This file works alone: only for checkpoints of finetune.py it needs model.py beside it.
 
@@ -46,6 +47,7 @@ import re
 import sys
 import textwrap
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -148,6 +150,7 @@ def parse(argv):
     parser.add_argument("--any-sigma", action=switch, help="allow another sigma than the one fine-tuned for")
     parser.add_argument("--images", nargs="+", help="certify these pictures and print the outcome")
     parser.add_argument("--report", nargs="+", help="print the table of these TSVs, ours or others'")
+    parser.add_argument("--label", nargs="+", help="names of the report's curves, in its order")
     parser.add_argument("--format", choices=("text", "markdown", "csv"), help="of the report")
     parser.add_argument("--plot", help="draw the report's curves into this file")
     parser.add_argument("--published", choices=PUBLISHED, help="mark published results in the plot")
@@ -157,10 +160,11 @@ def parse(argv):
 
     if "report" in given:
         radii = RECIPES[given.get("recipe", "digits")]["radii"]
-        report = dict(radii=radii, format="text", plot=None, published=None)
+        report = dict(radii=radii, format="text", plot=None, published=None, label=None)
         return argparse.Namespace(**report | given), []
     require("sigma" in given, "--sigma is needed")
-    require("plot" not in given, "--plot needs --report")
+    for flag in ("plot", "label", "format", "published"):
+        require(flag not in given, f"--{flag} needs --report")
     require(not ("classifier" in given and "checkpoint" in given), "either --checkpoint or --classifier")
 
     # The checkpoints say for what they were made.
@@ -176,9 +180,9 @@ def parse(argv):
         recipe = checkpoints[0]["settings"].get("recipe", recipe)
     recipe = given.get("recipe", recipe)
     inherited = {key: data[key] for key in ("dataset", "data_path", "image_size") if key in data}
-    for key in ("dataset", "image_size"):
-        require(not data or given.get(key, data[key]) == data[key],
-                f"--{key.replace('_', '-')} {given.get(key)} contradicts {files[0]}: {data.get(key)}")
+    for key in {"dataset", "image_size"} & inherited.keys():
+        require(given.get(key, data[key]) == data[key],
+                f"--{key.replace('_', '-')} {given.get(key)} contradicts {files[0]}: {data[key]}")
     if "classifier" in given and "out" not in given and "recipe" not in given:
         out = f"runs/{Path(given['classifier'].split(':')[0]).stem}"
 
@@ -269,7 +273,8 @@ def generator_for(seed, index, phase, device):
     their noise.
     """
     key = 4 * index + phase
-    require(0 <= key < 2**32, f"image index {index} is too large")
+    require(0 <= key < 2**32, f"the image index must be from 0 to {2**30 - 1}, not {index}")
+    require(0 <= seed < 2**32, f"the seed must be from 0 to {2**32 - 1}, not {seed}")
     for word in (seed, 0x9E3779B9):                               # each line is a bijection of 32-bit numbers
         key = (key + word * 0x85EBCA6B) % 2**32
         key = (key ^ (key >> 16)) * 0x7FEB352D % 2**32
@@ -278,53 +283,112 @@ def generator_for(seed, index, phase, device):
     return torch.Generator(device).manual_seed(key)
 
 
+def logits_of(output, copies):
+    """The logits (B, classes) in what a network returns: it, .logits, ["logits"], or a tuple's first."""
+    if isinstance(output, dict):
+        output = output.get("logits", output)
+    output = getattr(output, "logits", output)
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    shape = tuple(getattr(output, "shape", ()))
+    while len(shape) > 2 and shape[-1] == 1:
+        output, shape = output.squeeze(-1), shape[:-1]
+    if not isinstance(output, torch.Tensor) or len(shape) != 2 or len(output) != copies:
+        found = f"a {type(output).__name__}" + (f" of shape {shape}" if shape else "")
+        raise ValueError(f"the classifier must return logits of shape ({copies}, classes), not {found}")
+    return output
+
+
+def answers_of(logits):
+    """(classes (B,), which of them may be used (B,)). Of equal logits the first class wins; so f is a
+    function.
+
+    A copy whose largest logit is NaN or infinite has no answer; minus infinity masks a class.
+    """
+    largest, answers = logits.max(dim=1)
+    return answers, largest.isfinite()
+
+
+def refuse_unusable(unusable, copies, image):
+    if unusable:
+        raise RunError(f"image {image}: {unusable} of {copies} noisy copies got NaN or infinite logits; no "
+                       "certificate can rest on them (try fp32)")
+
+
 @torch.inference_mode()
-def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK):
+def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK, image=0):
     """How often f answers each class on n copies x + sigma N(0, I): int64 (classes,).
 
     Noise is drawn for CHUNK copies at a time, and f always sees `batch` copies: the counts do not depend on
-    n's rest.
+    n's rest. Half-precision images get their noise in fp32, and f the sum in their own precision.
     """
     chunks = max(1, batch // CHUNK)
-    counts = 0
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    how = dict(generator=generator, device=x.device, dtype=precise.dtype)
+    counts = unusable = 0
     for first in range(0, n, chunks * CHUNK):
-        noise = [torch.randn(CHUNK, *x.shape, generator=generator, device=x.device) for _ in range(chunks)]
-        noisy = x + sigma * torch.cat(noise)                                         # B C H W
-        logits = torch.cat([classifier(part) for part in noisy.split(batch)])        # B classes
-        answers = logits.argmax(dim=1)[:n - first]
-        counts = counts + answers.bincount(minlength=logits.shape[1])
+        noise = torch.cat([torch.randn(CHUNK, *x.shape, **how) for _ in range(chunks)])
+        noisy = (precise + sigma * noise).to(x.dtype)                                # B C H W
+        logits = torch.cat([logits_of(classifier(part), len(part)) for part in noisy.split(batch)])
+        answers, usable = answers_of(logits[:n - first])                             # B, B
+        counts = counts + answers.bincount(minlength=logits.shape[1])                # classes
+        unusable = unusable + (~usable).sum()
+    refuse_unusable(int(unusable), n, image)
     return counts.cpu()
 
 
-def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
+def check_image(x, any_range=False):
+    """Refuse what is no image (C, H, W) in [0, 1]; any_range: pixels have other units, and so has sigma."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of floating-point pixels in [0, 1], not {kind}")
+    if x.ndim != 3:
+        raise ValueError(f"x must be one image (C, H, W), not of shape {tuple(x.shape)}")
+    if not any_range and x.min() >= 0 and x.max() > 2:
+        raise ValueError(f"x has pixels from {float(x.min()):g} to {float(x.max()):g}, not in [0, 1]: "
+                         "divide by 255, or say any_range=True")
+
+
+def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK,
+            any_range=False):
     """CERTIFY (Cohen 2019, section 3.2.2): (prediction, radius) for one image; (-1, 0.0) is an abstention.
 
+        for index, x in enumerate(images):
+            prediction, radius = certify(classifier, x, sigma=0.25, index=index)
+
     x (C, H, W) in [0, 1], on the device where it is to run. classifier: any callable from (B, C, H, W) to
-    logits (B, classes); put it into eval mode before. With probability at least 1 - alpha over the noise
-    (its stream is that of seed and index), g answers `prediction` wherever |d|_2 < radius, in units of
-    pixels. Give every image an `index` of its own: images that share one share their noise.
+    logits (B, classes); put it into eval mode before. With probability at least 1 - alpha over the noise,
+    g answers `prediction` wherever |d|_2 < radius, in units of pixels. The noise's stream is that of (seed,
+    index): GIVE EVERY IMAGE AN INDEX OF ITS OWN, or all share one noise and their certificates fail together.
     """
+    check_image(x, any_range)
     # n0 copies choose the class.
-    selection = count_under_noise(classifier, x, sigma, n0, generator_for(seed, index, 0, x.device), batch)
+    generator = generator_for(seed, index, 0, x.device)
+    selection = count_under_noise(classifier, x, sigma, n0, generator, batch, index)
     top = int(selection.numpy().argmax())                              # of equals the first
     # n fresh copies count how often it wins.
-    counts = count_under_noise(classifier, x, sigma, n, generator_for(seed, index, 1, x.device), batch)
+    generator = generator_for(seed, index, 1, x.device)
+    counts = count_under_noise(classifier, x, sigma, n, generator, batch, index)
     p_a = lower_confidence_bound(int(counts[top]), n, alpha)
     if p_a <= 0.5:
         return ABSTAIN, 0.0
     return top, round_down(certified_radius(p_a, sigma))
 
 
-def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK):
-    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability at most alpha."""
-    counts = count_under_noise(classifier, x, sigma, n, generator_for(seed, index, 2, x.device), batch)
+def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK, any_range=False):
+    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability <= alpha. As certify()."""
+    check_image(x, any_range)
+    generator = generator_for(seed, index, 2, x.device)
+    counts = count_under_noise(classifier, x, sigma, n, generator, batch, index)
     return clear_winner(counts, alpha)
 
 
 def clear_winner(counts, alpha):
     """The class with the most counts (classes,), or -1 if a binomial test cannot tell the top two apart."""
     order = counts.numpy().argsort(kind="stable")[::-1]
-    first, second = int(counts[order[0]]), int(counts[order[1]])
+    first, second = int(counts[order[0]]), 0
+    if len(order) > 1:
+        second = int(counts[order[1]])
     if binomtest(first, first + second, 0.5).pvalue > alpha:
         return ABSTAIN
     return int(order[0])
@@ -497,12 +561,12 @@ class GridNoise:
 
 
 @torch.inference_mode()
-def count_classes(classifier, requests, noise, batch=CHUNK):
+def count_classes(classifier, requests, noise, batch=CHUNK, images=None):
     """How often f answers each class on noisy copies: int64 (len(requests), classes) on the CPU.
 
     requests: [(x (C, H, W), generator, copies), ...]. The copies of all images share batches, in chunks;
     every batch has the same shape, the last one padded. Counts stay on the device: this function's end is
-    its only synchronisation.
+    its only synchronisation. images: their indices, for messages.
     """
     if batch % CHUNK and CHUNK % batch:
         raise ValueError(f"the batch must be a multiple or a divisor of {CHUNK}, not {batch}")
@@ -516,7 +580,8 @@ def count_classes(classifier, requests, noise, batch=CHUNK):
 
     # A pass has room for so many chunks. Every copy has an owner: the row of the result where it counts.
     room = max(1, batch // CHUNK)
-    copies = torch.zeros(room * CHUNK, *x.shape, device=x.device, dtype=x.dtype)     # B C H W
+    precise = torch.promote_types(x.dtype, torch.float32)
+    copies = torch.zeros(room * CHUNK, *x.shape, device=x.device, dtype=precise)     # B C H W
     owner = torch.empty(room * CHUNK, dtype=torch.int64, device=x.device)            # B
     nobody = len(requests)
     place = torch.arange(CHUNK, device=x.device)
@@ -527,13 +592,18 @@ def count_classes(classifier, requests, noise, batch=CHUNK):
             part = slice(slot * CHUNK, (slot + 1) * CHUNK)
             may_count = noise(image, generator, out=copies[part])
             owner[part] = torch.where((place < wanted) & may_count, row, nobody)
-        logits = torch.cat([classifier(piece) for piece in copies.split(batch)])     # B classes
+        pieces = copies.to(x.dtype).split(batch)
+        logits = torch.cat([logits_of(classifier(piece), len(piece)) for piece in pieces])      # B classes
+        answers, usable = answers_of(logits)                                         # B, B
         classes = logits.shape[1]
         if counts is None:
-            counts = torch.zeros((nobody + 1) * classes, dtype=torch.int64, device=x.device)
-        cell = owner * classes + logits.argmax(dim=1)
+            counts = torch.zeros((nobody + 1) * (classes + 1), dtype=torch.int64, device=x.device)
+        cell = owner * (classes + 1) + torch.where(usable, answers, classes)         # the last: no answer
         counts.scatter_add_(0, cell, torch.ones_like(cell))
-    return counts.view(nobody + 1, classes)[:nobody].cpu()
+    counts = counts.view(nobody + 1, classes + 1)[:nobody].cpu()
+    for row, (_, _, wanted) in enumerate(requests):
+        refuse_unusable(int(counts[row, classes]), wanted, images[row] if images else row)
+    return counts[:, :classes]
 
 
 class Trial:
@@ -589,7 +659,11 @@ def certify_all(classifier, images, noise, n0, rule, seed=0, batch=CHUNK):
             return
         start = time.time()
         requests = [trial.request(n0, rule) for trial in pool]
-        counts = count_classes(classifier, requests, noise, batch)
+        try:
+            counts = count_classes(classifier, requests, noise, batch, [trial.index for trial in pool])
+        except ClassifierError as error:
+            numbers = ", ".join(str(trial.index) for trial in pool)
+            raise RunError(f"{error} (among the copies of image {numbers})") from None
         taken = (time.time() - start) / sum(copies for _, _, copies in requests)
         for trial, (_, _, copies), row in zip(pool, requests, counts, strict=True):
             trial.seconds += taken * copies
@@ -629,12 +703,13 @@ COLUMNS = ["idx", "label", "predict", "radius", "correct", "time",     # Cohen's
 
 
 def read_rows(path):
-    """The complete rows of a TSV, ours or in Cohen's format, as dicts."""
+    """The complete rows of a TSV, ours or in Cohen's format, as dicts. Right is who predicts the label."""
     kinds = dict(idx=int, label=int, predict=int, correct=int, count=int, n=int, time=str)
     rows = []
     try:
         lines = Path(path).read_text().split("\n")[:-1]          # what follows the last newline is a torn row
         header = lines[0].split("\t")
+        require("radius" in header or header[:3] != COLUMNS[:3], "it has predictions, but no radii")
         require(header[:5] == COLUMNS[:5], "its columns are others")
         for line in lines[1:]:
             cells = zip(header, line.split("\t"), strict=True)
@@ -647,7 +722,13 @@ def read_rows(path):
         named = re.findall(r"(?:sigma|noise)_?(\d+(?:\.\d+)?)", str(path))
         require(named, f"{path} does not say its sigma: put it into its path, as in sigma_0.25")
         rows = [dict(row, sigma=float(named[-1]), alpha=0.001) for row in rows]
-    return rows
+
+    # Some published scripts write a running count there.
+    wrong = sum(row["correct"] != (row["predict"] == row["label"]) for row in rows)
+    if wrong:
+        print(f"{path}: the column correct disagrees with predict = label in {wrong} of {len(rows)} rows; "
+              "it is not used", file=sys.stderr)
+    return [dict(row, correct=int(row["predict"] == row["label"])) for row in rows]
 
 
 def excess(m, alpha, rho=0.001):
@@ -666,9 +747,10 @@ def seconds_of(time):
 
 
 class Summary:
-    """The table's numbers for certificates that share a sigma."""
+    """The table's numbers for the certificates of one classifier at one sigma."""
 
     def __init__(self, rows):
+        self.name = ""                                                 # where sigma alone does not tell
         self.m = len(rows)
         self.alpha = max(row["alpha"] for row in rows)
         self.sigma = rows[0]["sigma"]
@@ -685,54 +767,147 @@ class Summary:
     def accuracy(self, r):
         return self.right(r) / self.m
 
-    def guaranteed(self, r):
-        """Lower bound, at 99.9 %, of the share of these images on which g is right within r."""
-        return max(0, self.right(r) - excess(self.m, self.alpha)) / self.m
+    @property
+    def title(self):
+        return f"{self.sigma:g} {self.name}".strip()
+
+    def guaranteed(self, r, among=1):
+        """Lower bound, at 99.9 % for so many summaries at once, of the share on which g is right within r."""
+        return max(0, self.right(r) - excess(self.m, self.alpha, 0.001 / among)) / self.m
 
 
-def summarise(files):
-    """One Summary for each sigma of the files; rows of one image that stand twice count once."""
+def settings_of(path):
+    """The classifier and the procedure of a TSV, from the JSON beside it; None if there is none."""
+    file = Path(path).with_name(Path(path).name.removesuffix(".tsv") + ".json")
+    if not file.exists():
+        return None
+    settings = json.loads(file.read_text())
+    of_the_job = {*MAY_CHANGE, "shard", "max", "skip", "radii", "device", "compile", "any_sigma", "recipe"}
+    return {key: value for key, value in settings.items() if key not in of_the_job}
+
+
+def merge(logs):
+    """{idx: row} of the rows of several logs, or None where two answer an image differently."""
     rows = {}
+    for log in logs:
+        for row in log:
+            same = rows.setdefault(row["idx"], row)
+            if any(same[column] != row[column] for column in COLUMNS[:4]):
+                return None
+    return rows
+
+
+def curves_of(files):
+    """[(sigma, files, rows)]: one entry for each classifier at each sigma.
+
+    Files of one run (shards; the settings beside them are the same) are one curve, whatever rows stand
+    twice. Files without settings, Cohen's for instance, are one while they do not contradict each other;
+    else each folder is one, or each file.
+    """
+    logs, groups = {}, {}
     for path in files:
-        for row in read_rows(path):
-            same = rows.setdefault((row["sigma"], row["idx"]), row)
-            require(all(same[column] == row[column] for column in COLUMNS[:5]),
-                    f"{path} contradicts another file on image {row['idx']} at sigma {row['sigma']:g}")
-    require(rows, "there are no rows to report")
-    by_sigma = {}
-    for (sigma, _), row in sorted(rows.items()):
-        by_sigma.setdefault(sigma, []).append(row)
-    return [Summary(group) for group in by_sigma.values()]
+        logs[path] = read_rows(path)
+        settings = settings_of(path)
+        for sigma in sorted({row["sigma"] for row in logs[path]}):
+            groups.setdefault((sigma, json.dumps(settings, sort_keys=True)), []).append(path)
+
+    def rows_of(path, sigma):
+        return [row for row in logs[path] if row["sigma"] == sigma]
+
+    curves = []
+    for (sigma, settings), members in groups.items():
+        ways = [[members]]
+        if settings == "null":
+            folders = [[path for path in members if Path(path).parent == folder]
+                       for folder in dict.fromkeys(Path(path).parent for path in members)]
+            ways += [folders, [[path] for path in members]]
+        for way in ways:
+            merged = [merge([rows_of(path, sigma) for path in part]) for part in way]
+            if None not in merged:
+                break
+        require(None not in merged,
+                f"{' and '.join(map(str, members))} are of one run, but contradict each other")
+        for part, rows in zip(way, merged, strict=True):
+            curves.append((sigma, part, [rows[i] for i in sorted(rows)]))
+
+    # Shards of one set that were certified in different ways must not pass for whole results.
+    shards = {}
+    for sigma, part, _ in curves:
+        for path in part:
+            if "_shard_" in Path(path).name:
+                shards.setdefault((sigma, Path(path).parent), set()).add(id(part))
+    for (sigma, folder), parts in shards.items():
+        require(len(parts) == 1, f"the shards in {folder} at sigma {sigma:g} were certified with different "
+                "settings (dtype, n, weights, ...): they are not merged")
+    return sorted(curves, key=lambda curve: curve[0])
+
+
+def summarise(files, labels=None):
+    """A Summary for each curve of the files (curves_of), named by `labels`, or by folder where sigma does
+    not tell.
+    """
+    curves = curves_of(files)
+    require(curves, "there are no rows to report")
+    firsts = "; ".join(str(part[0]) for _, part, _ in curves)
+    require(labels is None or len(labels) == len(curves),
+            f"--label needs {len(curves)} names, one for each curve: {firsts}")
+    sigmas = [sigma for sigma, _, _ in curves]
+    summaries = []
+    for i, (_, part, rows) in enumerate(curves):
+        one = Summary(rows)
+        if labels:
+            one.name = labels[i]
+        elif len({*sigmas}) < len(sigmas):
+            one.name = Path(part[0]).parent.name or Path(part[0]).stem
+        summaries.append(one)
+    names = [(one.sigma, one.name) for one in summaries]
+    for one, (_, part, _) in zip(summaries, curves, strict=True):
+        if not labels and one.name and names.count((one.sigma, one.name)) > 1:
+            one.name = f"{one.name}/{Path(part[0]).stem}"
+    return summaries
 
 
 def table(summaries, radii, kind="text"):
-    """Certified accuracy in % at each radius, for each sigma and the best over them."""
+    """Certified accuracy in % at each radius, for each sigma and the best over them.
+
+    kind: text, markdown or csv.
+    """
 
     def percent(shares):
         return [f"{100 * share:.1f}" for share in shares]
 
     lines = [["sigma", "images", *(f"r={r:g}" for r in radii), "ACR", "abstain", "s/image"]]
+    notes = ["* certified accuracy in % less what the certificates' own errors may add, at 99.9 % confidence"]
     for one in summaries:
         accuracy = percent(one.accuracy(r) for r in radii)
         others = [f"{one.acr:.3f}", f"{100 * one.abstained:.1f}%", f"{one.seconds:.2f}"]
-        lines.append([f"{one.sigma:g}", f"{one.m}", *accuracy, *others])
-    if len(summaries) > 1:
-        best = percent(max(one.accuracy(r) for one in summaries) for r in radii)
-        lines.append(["best", "", *best, "", "", ""])
+        lines.append([one.title, f"{one.m}", *accuracy, *others])
+    by_name = {}
+    for one in summaries:
+        by_name.setdefault(one.name, []).append(one)
+    envelopes = {name: group for name, group in by_name.items() if len(group) > 1}
+    for name, group in envelopes.items():
+        best = percent(max(one.accuracy(r) for one in group) for r in radii)
+        lines.append([f"best {name}".strip(), "", *best, "", "", ""])
     for one in summaries:
         proven = percent(one.guaranteed(r) for r in radii)
-        lines.append([f"{one.sigma:g}", "proven*", *proven, "", "", ""])
+        lines.append([one.title, "proven*", *proven, "", "", ""])
+    for name, group in envelopes.items():
+        proven = percent(max(one.guaranteed(r, among=len(group)) for one in group) for r in radii)
+        lines.append([f"best {name}".strip(), "proven*", *proven, "", "", ""])
+    if envelopes:
+        notes.append("  best: the largest over sigma at each radius, a choice made on these test images; "
+                     "proven for all sigmas at once")
     if kind == "csv":
         return "\n".join(",".join(line) for line in lines)
 
-    note = "* certified accuracy in % less what the certificates' own errors may add, at 99.9 % confidence"
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     if kind == "markdown":
         rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
         rows = [f"| {' | '.join(line)} |" for line in padded]
-        return "\n".join([rows[0], rule, *rows[1:], "", note])
-    return "\n".join([*("  ".join(line) for line in padded), note])
+        return "\n".join([rows[0], rule, *rows[1:], "", *notes])
+    return "\n".join([*("  ".join(line) for line in padded), *notes])
 
 
 def plot(path, summaries, published=None):
@@ -744,12 +919,12 @@ def plot(path, summaries, published=None):
     kinds = figure.canvas.get_supported_filetypes()
     require(Path(path).suffix[1:] in kinds,
             f"cannot draw {path}: its name must end in one of {', '.join(kinds)}")
-    colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"))
+    colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"))
     for one, colour in zip(summaries, colours, strict=False):
         r = np.linspace(0, max(0.1, *one.radii * 1.02) if len(one.radii) else 0.1, 500)
         accuracy = [100 * one.accuracy(x) for x in r]
         guaranteed = [100 * one.guaranteed(x) for x in r]
-        axis.plot(r, accuracy, color=colour, label=f"$\\sigma$ = {one.sigma:g}")
+        axis.plot(r, accuracy, color=colour, label=f"$\\sigma$ = {one.sigma:g} {one.name}".strip())
         axis.fill_between(r, guaranteed, accuracy, color=colour, alpha=0.2, linewidth=0)
     if published:
         radii, methods = PUBLISHED[published]
@@ -766,7 +941,7 @@ def plot(path, summaries, published=None):
 
 
 def report(args):
-    summaries = summarise(args.report)
+    summaries = summarise(args.report, args.label)
     if args.plot:
         plot(args.plot, summaries, args.published)
     print(table(summaries, args.radii, args.format))
@@ -780,7 +955,7 @@ def report(args):
 def open_classifier(args, checkpoints, device):
     """The base classifier f of the arguments: (B, C, H, W) in [0, 1] -> logits (B, classes)."""
     if args.classifier:
-        models = [load_callable(args.classifier)]
+        models = [load_callable(args.classifier, device)]
     else:
         models = [rebuild(*pair).to(device).eval() for pair in zip(checkpoints, args.checkpoint, strict=True)]
         if args.compile:
@@ -789,13 +964,19 @@ def open_classifier(args, checkpoints, device):
 
     def classifier(x):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-            return sum(model(x) for model in models)
+            return sum(logits_of(model(x), len(x)) for model in models)
 
     return classifier
 
 
-def load_callable(place):
-    """What FILE.py:NAME names."""
+class ClassifierError(Exception):
+    """What went wrong inside a user's classifier, in one sentence."""
+
+
+def load_callable(place, device):
+    """What FILE.py:NAME names: a callable, its networks (and those beside it) in eval mode and on the
+    device.
+    """
     file, _, name = place.partition(":")
     require(Path(file).is_file(), f"there is no {file} (--classifier FILE.py:NAME)")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -803,7 +984,22 @@ def load_callable(place):
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     require(callable(found), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-    return found
+    networks = [found, *vars(module).values(), *getattr(found, "__dict__", {}).values()]
+    networks = {id(network): network for network in networks if isinstance(network, torch.nn.Module)}
+    for network in networks.values():
+        if any(part.training for part in network.modules()):
+            say(f"{file}: a {type(network).__name__} is put into eval mode")
+        network.to(device).eval()
+
+    def classifier(x):
+        try:
+            return found(x)
+        except Exception as error:
+            traceback.print_exc()
+            sentence = f"{place} failed: {type(error).__name__}: {error}"
+            raise ClassifierError(sentence.splitlines()[0]) from None
+
+    return classifier
 
 
 def rebuild(checkpoint, file):
@@ -909,10 +1105,10 @@ def finish(result, args):
     summaries = summarise([result])
     plot(result.with_name(result.name.removesuffix(".tsv") + ".png"), summaries)
     one = summaries[0]
-    clean = binomtest(one.right(0), one.m).proportion_ci(method="wilson")
+    exact = binomtest(one.right(0), one.m).proportion_ci(confidence_level=0.95, method="exact")
     print(table(summaries, args.radii))
-    print(f"clean accuracy of g {one.accuracy(0):.1%} "
-          f"(Wilson interval, 95 %: {clean.low:.1%} to {clean.high:.1%})")
+    print(f"certified accuracy at r = 0: {one.accuracy(0):.1%} of these {one.m} images "
+          f"(exact interval for all images, 95 %: {exact.low:.1%} to {exact.high:.1%})")
     if args.sequential:
         print(f"{one.draws:,} draws, {one.draws / (one.m * args.n):.1%} of n = {args.n:,} an image")
 
@@ -1076,7 +1272,7 @@ def add_run_flags(parser):
     parser.add_argument("--out", help="run directory")
     parser.add_argument("--overwrite", action=switch,
                         help="delete this stage's earlier files in the run directory")
-    parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
+    parser.add_argument("--seed", type=number(int, least=0, below=2**32), help="of everything that is random")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
                         help="auto: bf16 autocast on GPUs that have it natively, else fp32")

@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -61,12 +62,13 @@ DEFAULTS = dict(                           # what no recipe changes
     labels_per_class=None,                 # all of them
     seed=0,
     model_size=None,                       # the model sees images at their own resolution
+    clip_grad=None,                        # largest norm of the gradient
     device="auto",
     dtype="auto",
     compile=None,
     deterministic=False,
     recompute=False,
-    workers=8,                             # per process
+    workers=None,                          # per process; None: one for each of its cores but one
     overwrite=False,
     export=None,
     dry_run=False,
@@ -77,7 +79,7 @@ PAPER = dict(                              # section 4.2 and appendix: ImageNet,
     image_size=224,                        # resolution at which the noise is added
     normalisation="imagenet",
     holdout=10_000,                        # training images kept for model selection
-    augment="rand-augment",                # random resized crop 0.08-1, flip, RandAugment(2, 9)
+    augment="rand-augment",                # random resized crop 0.08-1, flip, RandAugment(2, 9 of 10)
     erasing=0.25,                          # chance of erasing a rectangle (with black)
     mixup=0.8,                             # Beta parameter; mixup or cutmix, one of them, for every batch
     cutmix=1.0,
@@ -304,7 +306,7 @@ def make_augment(kind, images, erasing):
         v2.RandomHorizontalFlip(),
     ]
     if kind == "rand-augment":
-        steps.append(v2.RandAugment(num_ops=2, magnitude=9))
+        steps.append(v2.RandAugment(num_ops=2, magnitude=27))         # 27 of 30: the paper's (timm's) 9 of 10
     return v2.Compose([*steps, v2.RandomErasing(erasing)])
 
 
@@ -383,9 +385,7 @@ def build_model(args, classes, device):
     )
     if args.init != "scratch":
         missing, left_over = load_encoder(model, args.init)
-        parts = sorted({key.split(".")[0] for key in left_over})
-        say(f"{args.init} ({args.dataset}, {args.model}): starting anew {', '.join(missing) or 'nothing'}; "
-            f"leaving out {', '.join(parts) or 'nothing'}")
+        say(f"{args.dataset}, {args.model}, {describe_init(args.init, missing, left_over)}")
     if args.linear_probe:
         model.requires_grad_(False)
         model.head.requires_grad_(True)
@@ -465,22 +465,27 @@ def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, devic
     model.eval()
     starts = range(rank * batch, len(index), world * batch)
     blocks = [[(0, i) for i in index[start:start + batch].tolist()] for start in starts]
-    clean = noisy = voted = 0
+    clean = noisy = voted = unusable = 0
     batches = load_batches(images, blocks, device, workers=workers)
     for start, (pixels, labels) in zip(starts, batches, strict=True):
         x = pixels / images.levels                                                   # B C H W in [0, 1]
         torch.manual_seed(seed_of(seed, start, 0))
         clean += (model(x).argmax(dim=1) == labels).sum()
-        noisy += (model(x + sigma * torch.randn_like(x)).argmax(dim=1) == labels).sum()
+        largest, answers = model(x + sigma * torch.randn_like(x)).max(dim=1)         # B, B
+        unusable += (~largest.isfinite()).sum()
+        noisy += (answers == labels).sum()
         if draws:
             votes = 0
             for _ in range(draws):
-                answers = model(x + sigma * torch.randn_like(x)).argmax(dim=1)       # B
+                largest, answers = model(x + sigma * torch.randn_like(x)).max(dim=1)
+                unusable += (~largest.isfinite()).sum()
                 votes = votes + F.one_hot(answers, len(images.classes))              # B classes
             voted += (votes.argmax(dim=1) == labels).sum()
     model.train()
-    totals = gather([float(clean), float(noisy), float(voted)]).sum(dim=1) / len(index)
-    clean, noisy, vote = (round(share, 6) for share in totals.tolist())
+    totals = gather([float(clean), float(noisy), float(voted), float(unusable)]).sum(dim=1)
+    if totals[3]:
+        raise RunError(f"{totals[3]:.0f} noisy copies got logits that are NaN or infinite (try --dtype fp32)")
+    clean, noisy, vote = (round(share, 6) for share in (totals[:3] / len(index)).tolist())
     return clean, noisy, vote if draws else None
 
 
@@ -491,9 +496,9 @@ def measure(model, images, index, voting, args, rank, world, device):
             dist.broadcast(buffer, 0)
     how = (args.seed, rank, world, device, args.workers)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-        clean, noisy, vote = evaluate(model, images, index, args.sigma, 0, 250, *how)
+        clean, noisy, vote = evaluate(model, images, index, args.sigma, 0, 50, *how)
         if voting:
-            _, _, vote = evaluate(model, images, evenly_spaced(index, 1000), args.sigma, 100, 250, *how)
+            _, _, vote = evaluate(model, images, evenly_spaced(index, 1000), args.sigma, 100, 50, *how)
     return dict(clean=clean, noisy=noisy, vote=vote)
 
 
@@ -539,7 +544,12 @@ def export(source, path):
         classes=checkpoint["data"]["classes"],
         sigma=checkpoint["sigma"],
     )
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    if path.endswith(".safetensors"):
+        state = {name: value.contiguous() for name, value in content.pop("state_dict").items()}
+        metadata = {key: json.dumps(value) for key, value in content.items()}
+        write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
+    else:
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -548,7 +558,7 @@ def export(source, path):
 
 
 def train_step(network, optimizer, batches, mix, levels, micro_batches, args, step, rank):
-    """One optimizer step on the mean loss of all micro-batches; returns this process's share of it."""
+    """One optimizer step on the mean loss of all micro-batches: (this process's share, gradient's norm)."""
     total = 0.0
     for micro in range(micro_batches):
         pixels, labels = next(batches)                                               # B C H W, B
@@ -558,9 +568,10 @@ def train_step(network, optimizer, batches, mix, levels, micro_batches, args, st
             loss = classification_loss(network, images, targets, args)
             (loss / micro_batches).backward()
         total = total + loss.detach() / micro_batches
+    norm = clip_gradients(network, args.clip_grad)
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return total, norm
 
 
 def finetune(args):
@@ -594,7 +605,7 @@ def finetune(args):
     args.dtype = pick_dtype(args.dtype, device, read_settings(files.stem, args.overwrite))
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = distribute(model) if world > 1 else model
     say(f"{args.model}: {count_trained(model):,} parameters on {world} x {device.type} in {args.dtype}; "
         f"{labelled:,} images; {steps:,} steps of {world} x {micro_batches} x {device_batch} = {args.batch}; "
         f"lr {peak:.3g}; sigma {args.sigma:g}")
@@ -627,8 +638,10 @@ def finetune(args):
             lr = learning_rate(step, steps, warmup, peak, args.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            total += train_step(network, optimizer, batches, mix, images.levels, micro_batches, args, step,
-                                rank)
+            loss, norm = train_step(
+                network, optimizer, batches, mix, images.levels, micro_batches, args, step, rank
+            )
+            total += loss
             counted += 1
             bar.update()
 
@@ -637,7 +650,7 @@ def finetune(args):
             epoch_ends = done % steps_per_epoch == 0 or done == steps
             saving = done % args.save_every == 0 or done == steps
             if saving or epoch_ends or done % args.log_every == 0:
-                files.log_loss(total / counted, done, steps, steps_per_epoch, lr, bar)
+                files.log_loss(total / counted, norm, done, steps, steps_per_epoch, lr, bar)
                 total, counted = 0.0, 0
             if epoch_ends:
                 voting = done == steps or done % (args.vote_every * steps_per_epoch) == 0
@@ -694,13 +707,15 @@ def add_training_flags(parser):
     parser.add_argument("--base-lr", type=number(float, above=0),
                         help="learning rate per 256 images of the batch")
     parser.add_argument("--weight-decay", type=share, help="AdamW's")
+    parser.add_argument("--clip-grad", type=number(float, above=0),
+                        help="scale gradients down to this norm; None: not at all")
     parser.add_argument("--log-every", type=count, help="steps between log rows")
     parser.add_argument("--save-every", type=count, help="steps between checkpoints")
     parser.add_argument("--deterministic", action=switch,
                         help="deterministic kernels only: same bits on a GPU, too")
     parser.add_argument("--recompute", action=switch, help="recompute activations backwards, to save memory")
     parser.add_argument("--workers", type=number(int, least=0),
-                        help="processes that read pictures, per process")
+                        help="processes that read pictures, per process; None: its cores less one")
     parser.add_argument("--dry-run", action=switch, help="print settings and sizes, run one step, and end")
 
 
@@ -792,12 +807,14 @@ class Pictures(torch.utils.data.Dataset):
         return self.augment(picture), self.images.labels[i]            # C S S, ()
 
 
-def load_batches(images, positions, device, augment=None, seed=0, workers=0):
+def load_batches(images, positions, device, augment=None, seed=0, workers=None):
     """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each [(epoch, image), ...] of positions.
 
     It is augment(pixels (b, C, S, S), uniforms (b, 4)) for images in memory, augment(picture) for files.
     """
     if images.files is not None:
+        if workers is None:
+            workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         loader = torch.utils.data.DataLoader(
             Pictures(images, augment, seed),
             batch_sampler=positions,
@@ -855,6 +872,27 @@ def accumulating(network, more_to_come):
     return contextlib.nullcontext()
 
 
+def distribute(model):
+    """The model, its gradients averaged over processes; buffers are constants but for BatchNorm's."""
+    learned = any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules())
+    return DistributedDataParallel(model, broadcast_buffers=learned, gradient_as_bucket_view=True)
+
+
+def clip_gradients(network, largest):
+    """Scale the gradient down to the norm `largest`; returns the norm that it had, or None if there is no
+    limit.
+    """
+    if largest is None:
+        return None
+    return torch.nn.utils.clip_grad_norm_(network.parameters(), largest)
+
+
+def describe_init(file, missing, left_over):
+    """What was read from a file of weights, for the terminal."""
+    anew, left = (sorted({name.split(".")[0] for name in names}) for names in (missing, left_over))
+    return f"{file}: starting anew {', '.join(anew) or 'nothing'}; leaving out {', '.join(left) or 'nothing'}"
+
+
 def count_trained(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -898,12 +936,14 @@ class RunFiles:
                 file.write(json.dumps(row) + "\n")
         return row
 
-    def log_loss(self, loss, done, steps, per_epoch, lr, bar):
-        """Log the mean of the ranks' losses, and show it; where it is not finite, the run ends."""
+    def log_loss(self, loss, norm, done, steps, per_epoch, lr, bar):
+        """Log the mean of the ranks' losses and, if it is clipped, the gradient's norm in the last step."""
         loss = gather([float(loss)]).mean().item()
         if not math.isfinite(loss):
-            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the last checkpoint stays")
-        row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
+            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the last checkpoint stays "
+                           "(try --clip-grad 1, --dtype fp32 or a smaller --base-lr)")
+        clipped = {} if norm is None else dict(grad_norm=float(norm))
+        row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss, **clipped)
         bar.set_postfix(loss=f"{loss:.4f}")
         if bar.disable:
             say(f"step {done}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {row['time']:.0f} s")
@@ -1005,7 +1045,7 @@ def add_run_flags(parser):
     parser.add_argument("--out", help="run directory")
     parser.add_argument("--overwrite", action=switch,
                         help="delete this stage's earlier files in the run directory")
-    parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
+    parser.add_argument("--seed", type=number(int, least=0, below=2**32), help="of everything that is random")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
                         help="auto: bf16 autocast on GPUs that have it natively, else fp32")

@@ -14,7 +14,7 @@ networks, so that sigma and certified radii are in the units of the data set's o
     dmae = build_dmae("vit_base_patch16")                           # 111.9M parameters
     loss, prediction, mask = dmae(images, sigma=0.25, mask_ratio=0.75)
     vit = build_vit("vit_base_patch16", num_classes=1000)           # 86.6M parameters
-    load_encoder(vit, "pretrain.pt")                             # ours, the published DMAE's, MAE's or timm's
+    load_encoder(vit, "pretrain.pt")                          # ours, the published DMAE's, MAE's, timm's, ...
 
 Axes:  B images   C channels   H W pixels   N patches (h x w)   K kept patches   D width   P patch side
 
@@ -23,13 +23,16 @@ What is wrong with an argument or a file is a ValueError of one sentence.
 
 import difflib
 import math
+import re
 import types
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -411,27 +414,75 @@ def learning_rate(step, steps, warmup, peak, minimum=0.0):
 # ----------------------------------------------------------------------------------------------------------
 
 
+ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema", "module")    # where files keep their weights
+
+# Hugging Face's names (ViTMAE, ViT; transformers 4 and 5) -> ours. Applied one after the other.
+HUGGING_FACE = (
+    (r"^vit\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "decoder_blocks."),
+    (r"^decoder\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
+
+
 def read_checkpoint(path, kind=None):
     """The dict {"model": state dict, ...} of a file, on the CPU; never code that would run.
 
-    kind: "pretrain" or "finetune", to accept a checkpoint of that stage of ours only.
+    Weights may lie in one of ENTRIES or bare, in a .safetensors file, under a prefix that a wrapper put
+    before all names, or under Hugging Face's names: "model" has ours. kind: "pretrain" or "finetune", to
+    accept a checkpoint of that stage of ours only.
     """
+    content = read_file(path)
+    entries = [entry for entry in ENTRIES if is_state_dict(content.get(entry))]
+    state = content[entries[0]] if entries else content
+    if len(entries) > 1:
+        warnings.warn(f"{path} holds {' and '.join(entries)}: {entries[0]} is taken", stacklevel=2)
+    if not is_state_dict(state):
+        raise ValueError(f"{path} holds no weights: it has {names_of(content)}; expected are "
+                         f"{', '.join(ENTRIES[:3])} or the parameters themselves")
+    found = names_of(state)
+    state = without_prefix(state)
+    if any("patch_embeddings.projection" in name for name in state):
+        state = from_hugging_face(state)
+    if "patch_embed.proj.weight" not in state:
+        raise ValueError(f"{path} holds no vision transformer that we know: its parameters are {found}; "
+                         "expected are cls_token, patch_embed.proj.weight, blocks.0.norm1.weight, ...")
+    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
+        state[name] = with_class_row(state[name])
+    if kind and not (content.get("kind") == kind and {"config", "data", "settings"} <= content.keys()):
+        raise ValueError(f"{path} is not a checkpoint of {kind}.py")
+    rest = content if entries else {}
+    return rest | {"model": state}
+
+
+def read_file(path):
+    """What torch.save or safetensors put into a file, as a dict."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     # The published files hold an argparse.Namespace of settings; it is read as a plain record.
     namespace = [(types.SimpleNamespace, "argparse.Namespace")]
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals(namespace):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                      # a damaged file can raise anything at all
+    except Exception as error:                                     # a damaged file can raise anything at all
         raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
-    if not (isinstance(content, dict) and "model" in content):
-        content = {"model": content}                                   # timm's are bare state dicts
-    state = content["model"]
-    if not is_state_dict(state):
-        raise ValueError(f"{path} holds no model")
-    if kind and not (content.get("kind") == kind and {"config", "data", "settings"} <= content.keys()):
-        raise ValueError(f"{path} is not a checkpoint of {kind}.py")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no weights, but a {type(content).__name__}")
     return content
 
 
@@ -440,6 +491,43 @@ def is_state_dict(state):
     if not isinstance(state, dict) or not state:
         return False
     return all(isinstance(value, torch.Tensor) for value in state.values())
+
+
+def names_of(content):
+    """The first few keys of a dict, for a message."""
+    names = [str(key) for key in content]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "nothing"
+
+
+def without_prefix(state):
+    """The state dict without what wrappers put before all of its names (module., _orig_mod., model., ...)."""
+    state = {name: value for name, value in state.items() if name != "n_averaged"}  # AveragedModel's counter
+    while True:
+        prefixes = {name.partition(".")[0] for name in state}
+        if len(prefixes) != 1 or not all("." in name for name in state):
+            return state
+        state = {name.partition(".")[2]: value for name, value in state.items()}
+
+
+def from_hugging_face(state):
+    """A state dict with Hugging Face's names, and query, key and value apart, under our names."""
+    renamed = {}
+    for name, value in state.items():
+        for theirs, ours in HUGGING_FACE:
+            name = re.sub(theirs, ours, name)
+        renamed[name] = value
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
+        if all(part is not None for part in parts):
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return renamed
+
+
+def with_class_row(positions):
+    """A table (1, N, D) of a square grid alone gets the class token's row, of zeros: (1, 1 + N, D)."""
+    if positions.ndim == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        return F.pad(positions, (0, 0, 1, 0))
+    return positions
 
 
 def load_weights(model, state, origin, may_miss=(), may_leave=()):
@@ -485,3 +573,20 @@ def load_encoder(vit, path):
             state[f"{key}.of_other_classes"] = state.pop(key)
     replaceable = ("head.", "norm.", "fc_norm.")
     return load_weights(vit, state, path, replaceable, (*replaceable, "decoder_", "mask_token"))
+
+
+def load_autoencoder(dmae, path):
+    """Start pre-training from weights: of an autoencoder, or of an encoder alone, whose decoder then starts
+    fresh.
+
+    Positions are interpolated when the grid differs; a head is left over. Returns (missing, left over), the
+    two lists of keys; anything else that does not fit raises ValueError.
+    """
+    state = dict(read_checkpoint(path)["model"])
+    own = dmae.state_dict()
+    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
+        if state[name].ndim == 3 and state[name].shape[1] != own[name].shape[1]:
+            state[name] = interpolate_positions(state[name].float(), dmae.grid)
+    decoder = ("decoder_", "mask_token")
+    whole = any(name.startswith(decoder) for name in state)
+    return load_weights(dmae, state, path, may_miss=() if whole else decoder, may_leave=("head.",))

@@ -44,6 +44,7 @@ from model import (
     build_dmae,
     decays,
     learning_rate,
+    load_autoencoder,
     load_weights,
     patchify,
     read_checkpoint,
@@ -58,12 +59,13 @@ DEFAULTS = dict(                           # what no recipe changes
     init=None,                             # checkpoint to start from
     seed=0,
     model_size=None,                       # the model sees images at their own resolution
+    clip_grad=None,                        # largest norm of the gradient
     device="auto",
     dtype="auto",
     compile=None,
     deterministic=False,
     recompute=False,
-    workers=8,                             # per process
+    workers=None,                          # per process; None: one for each of its cores but one
     overwrite=False,
     dry_run=False,
 )
@@ -219,7 +221,8 @@ def build_model(args, device):
     kept = int(math.prod(model.grid) * (1 - args.mask_ratio))
     require(kept > 0, f"--mask-ratio {args.mask_ratio} keeps no patch at all")
     if args.init:
-        load_weights(model, read_checkpoint(args.init)["model"], args.init)
+        missing, left_over = load_autoencoder(model, args.init)
+        say(describe_init(args.init, missing, left_over))
     model.recompute_activations = args.recompute
     return model.to(device)
 
@@ -309,7 +312,7 @@ def reconstruction_loss(network, images, args, *position):
 
 
 def train_step(network, optimizer, batches, levels, micro_batches, args, step, rank):
-    """One optimizer step on the mean loss of all micro-batches; returns this process's share of it."""
+    """One optimizer step on the mean loss of all micro-batches: (this process's share, gradient's norm)."""
     total = 0.0
     for micro in range(micro_batches):
         pixels, _ = next(batches)                                                    # B C H W
@@ -317,9 +320,10 @@ def train_step(network, optimizer, batches, levels, micro_batches, args, step, r
             loss = reconstruction_loss(network, pixels / levels, args, args.seed, step, micro, rank)
             (loss / micro_batches).backward()
         total = total + loss.detach() / micro_batches
+    norm = clip_gradients(network, args.clip_grad)
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return total, norm
 
 
 def show_progress(files, model, images, held_out, args, device):
@@ -352,7 +356,7 @@ def pretrain(args):
     args.dtype = pick_dtype(args.dtype, device, read_settings(files.stem, args.overwrite))
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = distribute(model) if world > 1 else model
     say(f"{args.model}: {count_trained(model):,} parameters on {world} x {device.type} in {args.dtype}; "
         f"{len(train):,} images; {steps:,} steps of "
         f"{world} x {micro_batches} x {device_batch} = {args.batch}; lr {peak:.3g}")
@@ -384,14 +388,17 @@ def pretrain(args):
             lr = learning_rate(step, steps, warmup, peak)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            total += train_step(network, optimizer, batches, images.levels, micro_batches, args, step, rank)
+            loss, norm = train_step(
+                network, optimizer, batches, images.levels, micro_batches, args, step, rank
+            )
+            total += loss
             counted += 1
             bar.update()
 
             done = step + 1
             saving = done % args.save_every == 0 or done == steps
             if saving or done % args.log_every == 0:
-                files.log_loss(total / counted, done, steps, steps_per_epoch, lr, bar)
+                files.log_loss(total / counted, norm, done, steps, steps_per_epoch, lr, bar)
                 total, counted = 0.0, 0
             if saving and rank == 0:
                 show_progress(files, model, images, held_out, args, device)
@@ -430,13 +437,15 @@ def add_training_flags(parser):
     parser.add_argument("--base-lr", type=number(float, above=0),
                         help="learning rate per 256 images of the batch")
     parser.add_argument("--weight-decay", type=share, help="AdamW's")
+    parser.add_argument("--clip-grad", type=number(float, above=0),
+                        help="scale gradients down to this norm; None: not at all")
     parser.add_argument("--log-every", type=count, help="steps between log rows")
     parser.add_argument("--save-every", type=count, help="steps between checkpoints")
     parser.add_argument("--deterministic", action=switch,
                         help="deterministic kernels only: same bits on a GPU, too")
     parser.add_argument("--recompute", action=switch, help="recompute activations backwards, to save memory")
     parser.add_argument("--workers", type=number(int, least=0),
-                        help="processes that read pictures, per process")
+                        help="processes that read pictures, per process; None: its cores less one")
     parser.add_argument("--dry-run", action=switch, help="print settings and sizes, run one step, and end")
 
 
@@ -528,12 +537,14 @@ class Pictures(torch.utils.data.Dataset):
         return self.augment(picture), self.images.labels[i]            # C S S, ()
 
 
-def load_batches(images, positions, device, augment=None, seed=0, workers=0):
+def load_batches(images, positions, device, augment=None, seed=0, workers=None):
     """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each [(epoch, image), ...] of positions.
 
     It is augment(pixels (b, C, S, S), uniforms (b, 4)) for images in memory, augment(picture) for files.
     """
     if images.files is not None:
+        if workers is None:
+            workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         loader = torch.utils.data.DataLoader(
             Pictures(images, augment, seed),
             batch_sampler=positions,
@@ -591,6 +602,27 @@ def accumulating(network, more_to_come):
     return contextlib.nullcontext()
 
 
+def distribute(model):
+    """The model, its gradients averaged over processes; buffers are constants but for BatchNorm's."""
+    learned = any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules())
+    return DistributedDataParallel(model, broadcast_buffers=learned, gradient_as_bucket_view=True)
+
+
+def clip_gradients(network, largest):
+    """Scale the gradient down to the norm `largest`; returns the norm that it had, or None if there is no
+    limit.
+    """
+    if largest is None:
+        return None
+    return torch.nn.utils.clip_grad_norm_(network.parameters(), largest)
+
+
+def describe_init(file, missing, left_over):
+    """What was read from a file of weights, for the terminal."""
+    anew, left = (sorted({name.split(".")[0] for name in names}) for names in (missing, left_over))
+    return f"{file}: starting anew {', '.join(anew) or 'nothing'}; leaving out {', '.join(left) or 'nothing'}"
+
+
 def count_trained(model):
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
@@ -634,12 +666,14 @@ class RunFiles:
                 file.write(json.dumps(row) + "\n")
         return row
 
-    def log_loss(self, loss, done, steps, per_epoch, lr, bar):
-        """Log the mean of the ranks' losses, and show it; where it is not finite, the run ends."""
+    def log_loss(self, loss, norm, done, steps, per_epoch, lr, bar):
+        """Log the mean of the ranks' losses and, if it is clipped, the gradient's norm in the last step."""
         loss = gather([float(loss)]).mean().item()
         if not math.isfinite(loss):
-            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the last checkpoint stays")
-        row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss)
+            raise RunError(f"loss {loss} at step {done} (lr {lr:.3g}): stopped; the last checkpoint stays "
+                           "(try --clip-grad 1, --dtype fp32 or a smaller --base-lr)")
+        clipped = {} if norm is None else dict(grad_norm=float(norm))
+        row = self.log(step=done, epoch=round(done / per_epoch, 4), lr=lr, loss=loss, **clipped)
         bar.set_postfix(loss=f"{loss:.4f}")
         if bar.disable:
             say(f"step {done}/{steps}  loss {loss:.4f}  lr {lr:.2e}  {row['time']:.0f} s")
@@ -741,7 +775,7 @@ def add_run_flags(parser):
     parser.add_argument("--out", help="run directory")
     parser.add_argument("--overwrite", action=switch,
                         help="delete this stage's earlier files in the run directory")
-    parser.add_argument("--seed", type=number(int, least=0), help="of everything that is random")
+    parser.add_argument("--seed", type=number(int, least=0, below=2**32), help="of everything that is random")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), help="where to run")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"),
                         help="auto: bf16 autocast on GPUs that have it natively, else fp32")
