@@ -54,10 +54,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.optimize import brentq
 from scipy.special import betaincc, betaln
 from scipy.stats import beta, binom, binomtest, norm
 
 ABSTAIN = -1
+BOUNDS = ("one-sided", "two-sided")
 CHUNK = 100                # noise is always drawn for so many copies at once: other splits give other numbers
 
 # ----------------------------------------------------------------------------------------------------------
@@ -71,6 +73,7 @@ DEFAULTS = dict(                    # what no recipe changes
     seed=0,
     max=None,                       # images
     shard="0/1",
+    bound="one-sided",              # p_b = 1 - p_a, as in published tables
     sequential=False,
     boundary_tolerance=0.0,
     sound=False,
@@ -141,6 +144,8 @@ def parse(argv):
                         help="I/K: certify the I-th of K parts (from 0), for job arrays")
     parser.add_argument("--radii", type=at_least_0, nargs="+",
                         help="radii of the table, and that --sequential settles")
+    parser.add_argument("--bound", choices=(*BOUNDS, "both"),
+                        help="one-sided: p_b = 1 - p_a; two-sided: from the rivals' counts; both: in reports")
     parser.add_argument("--sequential", action=switch,
                         help="stop drawing once the radii of the table are settled")
     parser.add_argument("--boundary-tolerance", type=at_least_0,
@@ -160,9 +165,10 @@ def parse(argv):
 
     if "report" in given:
         radii = RECIPES[given.get("recipe", "digits")]["radii"]
-        report = dict(radii=radii, format="text", plot=None, published=None, label=None)
+        report = dict(radii=radii, bound="one-sided", format="text", plot=None, published=None, label=None)
         return argparse.Namespace(**report | given), []
     require("sigma" in given, "--sigma is needed")
+    require(given.get("bound") != "both", "--bound both is for --report: a run keeps what both bounds need")
     for flag in ("plot", "label", "format", "published"):
         require(flag not in given, f"--{flag} needs --report")
     require(not ("classifier" in given and "checkpoint" in given), "either --checkpoint or --classifier")
@@ -224,6 +230,7 @@ def check(args):
     require(not args.batch or args.batch % CHUNK == 0 or CHUNK % args.batch == 0,
             f"--batch must be a multiple or a divisor of {CHUNK}, not {args.batch}")
     last_alpha = args.alpha / 2 if args.sequential else args.alpha
+    last_alpha = last_alpha / 2 if args.bound == "two-sided" else last_alpha
     most = certified_radius(lower_confidence_bound(args.n, args.n, last_alpha), args.sigma)
     least_n = math.floor(-math.log2(last_alpha)) + 1                   # alpha^(1/n) > 1/2
     require(most > 0,
@@ -248,6 +255,43 @@ def lower_confidence_bound(k, n, alpha):
     if k == 0:
         return 0.0
     return float(beta.ppf(alpha, k, n - k + 1))
+
+
+def upper_confidence_bound(k, n, alpha):
+    """Clopper-Pearson from above: p with P[P(success) <= p] >= 1 - alpha, after k successes in n trials.
+
+    The 1 - alpha quantile of Beta(k + 1, n - k); 1 when k = n, 1 - alpha^(1/n) when k = 0.
+    """
+    if k == n:
+        return 1.0
+    return float(beta.isf(alpha, k + 1, n - k))
+
+
+def rivals_of(counts, top, n):
+    """(the largest count of another class than `top`, the number of other classes).
+
+    A copy of the n that is missing from `counts` (classes,) could be anybody's: it counts for every rival.
+    """
+    others = [int(count) for c, count in enumerate(counts) if c != top]
+    missing = n - sum(others) - int(counts[top])
+    return max(others, default=0) + missing, len(others)
+
+
+def two_sided_bounds(counts, top, n, alpha):
+    """(p_a, p_b): p_a <= P[f = top] and P[f = c] <= p_b for all other c, together with probability 1 -
+    alpha.
+
+    Half of alpha is for the top class, half for its rivals (the union bound: alpha / (2 (classes - 1))
+    each). The bound of a rival grows with its count, so the largest count gives p_b; and p_b <= 1 - p_a in
+    any case. (Cohen 2019, theorem 1, takes such a pair; simultaneous Clopper-Pearson bounds: Jia et al.
+    2020, arXiv 1912.09899.)
+    """
+    runner_up, rivals = rivals_of(counts, top, n)
+    p_a = lower_confidence_bound(int(counts[top]), n, alpha / 2)
+    if rivals == 0:
+        return p_a, 1 - p_a
+    p_b = upper_confidence_bound(runner_up, n, alpha / (2 * rivals))
+    return p_a, min(p_b, 1 - p_a)
 
 
 def certified_radius(p_a, sigma, p_b=None):
@@ -350,7 +394,7 @@ def check_image(x, any_range=False):
 
 
 def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK,
-            any_range=False):
+            bound="one-sided", any_range=False):
     """CERTIFY (Cohen 2019, section 3.2.2): (prediction, radius) for one image; (-1, 0.0) is an abstention.
 
         for index, x in enumerate(images):
@@ -360,7 +404,10 @@ def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=
     logits (B, classes); put it into eval mode before. With probability at least 1 - alpha over the noise,
     g answers `prediction` wherever |d|_2 < radius, in units of pixels. The noise's stream is that of (seed,
     index): GIVE EVERY IMAGE AN INDEX OF ITS OWN, or all share one noise and their certificates fail together.
+    bound: "one-sided" (p_b = 1 - p_a, as published) or "two-sided" (p_b from the rivals' counts).
     """
+    if bound not in BOUNDS:
+        raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, not {bound!r}")
     check_image(x, any_range)
     # n0 copies choose the class.
     generator = generator_for(seed, index, 0, x.device)
@@ -369,10 +416,14 @@ def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=
     # n fresh copies count how often it wins.
     generator = generator_for(seed, index, 1, x.device)
     counts = count_under_noise(classifier, x, sigma, n, generator, batch, index)
-    p_a = lower_confidence_bound(int(counts[top]), n, alpha)
-    if p_a <= 0.5:
+    if bound == "two-sided":
+        p_a, p_b = two_sided_bounds(counts, top, n, alpha)
+    else:
+        p_a = lower_confidence_bound(int(counts[top]), n, alpha)
+        p_b = 1 - p_a
+    if p_a <= p_b:
         return ABSTAIN, 0.0
-    return top, round_down(certified_radius(p_a, sigma))
+    return top, round_down(certified_radius(p_a, sigma, p_b))
 
 
 def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK, any_range=False):
@@ -419,14 +470,15 @@ def anytime_lower_bound(k, n, alpha):
     """Where log_e_value(k, n, p) crosses log(1/alpha): P[p <= P(success), at all looks] >= 1 - alpha."""
     if k == 0:
         return 0.0                                                     # no evidence
-    low, high = 0.0, k / n
-    for _ in range(60):
-        middle = (low + high) / 2
-        if log_e_value(k, n, middle) >= -math.log(alpha):
-            low = middle
-        else:
-            high = middle
-    return low
+
+    def excess_of(p):                                                  # falls with p below k / n
+        return log_e_value(k, n, p) + math.log(alpha)
+
+    high = min(k / n, math.nextafter(1, 0))
+    low = high / 2
+    while excess_of(low) < 0:
+        low, high = low / 2, low
+    return float(brentq(excess_of, low, high, xtol=1e-300, rtol=1e-13)) * (1 - 1e-12)     # on the safe side
 
 
 class FixedN:
@@ -439,28 +491,41 @@ class FixedN:
     def next_look(self, drawn):
         return self.n
 
-    def decide(self, k, n, bound):
-        """(lower bound of P[f = c_A], whether to stop) after k in n draws; `bound`: of the look before."""
-        return lower_confidence_bound(k, n, self.alpha), True
+    def decide(self, counts, top, n, before=None):
+        """({bound: (p_a, p_b)}, whether to stop), after n draws that gave these counts (classes,).
+
+        Each pair holds with probability 1 - alpha by itself. `before`: the pairs of the look before.
+        """
+        p_a = lower_confidence_bound(int(counts[top]), n, self.alpha)
+        return {"one-sided": (p_a, 1 - p_a), "two-sided": two_sided_bounds(counts, top, n, self.alpha)}, True
 
 
 class Sequential:
     """Looks again and again, at most until n draws, and stops when the radii of a table are settled.
 
-    An image stops when the largest of `radii` is certified; when the next one up is futile, that is, the
-    evidence against P[f = c_A] >= Phi(r / sigma) reaches 100 (this costs no alpha: the bounds hold wherever
-    one stops); or when its radius is known to lie within `tolerance` of that r. Half of alpha is spent on
-    the anytime bounds, which hold at all looks at once, so that their running maximum does; the other half
-    on a Clopper-Pearson bound at n, for the images that get there. So all bounds hold with probability 1 -
-    alpha, and images next to a radius of the table are not judged by the looser one.
+    `bound` says whose radius is meant: that of the one-sided or of the two-sided pair (p_a, p_b). Both are
+    kept. An image stops when the largest of `radii` is certified; when the next one up
+
+      * is futile: there is an evidence of 100 against so large a radius (this costs no alpha: the bounds hold
+        wherever one stops);
+      * is out of reach: not even successes in all draws to come would certify it (curtailment);
+      * is near enough: the radius is known to lie within `tolerance` of it.
+
+    Half of alpha is spent on the anytime bounds, which hold at all looks at once, so that the best of them
+    does; the other half on Clopper-Pearson bounds at n, for the images that get there. So all bounds hold
+    with probability 1 - alpha, and images next to a radius of the table are not judged by the looser one.
+    (Sequential certification: Horvath et al. 2022, Chen et al. 2022, Voracek 2024; mixture martingales:
+    Robbins 1970, Howard et al. 2021.)
     """
 
-    def __init__(self, n, alpha, sigma, radii, tolerance=0.0, first=1000, growth=1.1, futility=100.0):
+    def __init__(self, n, alpha, sigma, radii, tolerance=0.0, bound="one-sided", first=1000, growth=1.1,
+                 futility=100.0):
         self.n = n
         self.alpha = alpha
         self.sigma = sigma
         self.radii = sorted({0.0, *radii})
         self.tolerance = tolerance
+        self.bound = bound
         self.first = first
         self.growth = growth
         self.futility = futility
@@ -470,27 +535,66 @@ class Sequential:
         look = max(self.first, math.ceil(drawn * self.growth))
         return min(self.n, math.ceil(look / CHUNK) * CHUNK)
 
-    def decide(self, k, n, bound):
-        """As FixedN.decide."""
-        # What is certain now.
-        bound = max(bound, anytime_lower_bound(k, n, self.alpha / 2))
+    def radius(self, p_a, p_b):
+        """As certified_radius, but negative where p_a < p_b."""
+        return self.sigma / 2 * (norm.ppf(p_a) - norm.ppf(p_b))
+
+    def bounds(self, counts, top, n, before):
+        """Both pairs (p_a, p_b) after n draws, not worse than `before`."""
+        runner_up, rivals = rivals_of(counts, top, n)
+        k, early = int(counts[top]), self.alpha / 2
+        one = anytime_lower_bound(k, n, early)
+        two = anytime_lower_bound(k, n, early / 2)
+        rival = 1.0
+        if rivals:
+            rival = 1 - anytime_lower_bound(n - runner_up, n, early / (2 * rivals))
+        if before:
+            one = max(one, before["one-sided"][0])
+            two = max(two, before["two-sided"][0])
+            rival = min(rival, before["two-sided"][1])
         if n >= self.n:
-            return max(bound, lower_confidence_bound(k, n, self.alpha / 2)), True
-        radius = self.sigma * norm.ppf(bound)                          # negative while bound < 1/2
+            last = self.alpha / 2
+            p_a, p_b = two_sided_bounds(counts, top, n, last)
+            one = max(one, lower_confidence_bound(k, n, last))
+            two, rival = max(two, p_a), min(rival, p_b)
+        return {"one-sided": (one, 1 - one), "two-sided": (two, min(rival, 1 - two))}
 
-        # What there is still to gain.
+    def most(self, counts, top, n, bounds):
+        """The radius that would be certified if every draw from here to n were a success."""
+        still = self.n - n
+        counts = [int(count) + still * (c == top) for c, count in enumerate(counts)]
+        last, before = self.alpha / 2, bounds[self.bound]
+        if self.bound == "one-sided":
+            p_a = max(before[0], lower_confidence_bound(counts[top], self.n, last))
+            return self.radius(p_a, 1 - p_a)
+        p_a, p_b = two_sided_bounds(counts, top, self.n, last)
+        p_a = max(before[0], p_a)
+        return self.radius(p_a, min(before[1], p_b, 1 - p_a))
+
+    def possible(self, counts, top, n):
+        """The largest radius that the probabilities may have, at an evidence of `futility` against more."""
+        runner_up, _ = rivals_of(counts, top, n)
+        missing = n - sum(int(count) for count in counts)
+        p_a = 1 - anytime_lower_bound(n - int(counts[top]) - missing, n, 1 / self.futility)
+        if self.bound == "one-sided":
+            return self.radius(p_a, 1 - p_a)
+        return self.radius(p_a, anytime_lower_bound(runner_up - missing, n, 1 / self.futility))
+
+    def decide(self, counts, top, n, before=None):
+        """As FixedN.decide."""
+        bounds = self.bounds(counts, top, n, before)
+        radius = self.radius(*bounds[self.bound])
         above = [r for r in self.radii if r > radius]
-        if not above:
-            return bound, True
+        if n >= self.n or not above:
+            return bounds, True
         target = above[0]
-        if log_e_value(n - k, n, norm.sf(target / self.sigma)) >= math.log(self.futility):
-            return bound, True
-
-        # Whether it is near enough: the radius between two bounds within the tolerance of the target.
-        if self.tolerance == 0 or target - radius > self.tolerance:
-            return bound, False
-        most = self.sigma * norm.isf(anytime_lower_bound(n - k, n, 1 / self.futility))
-        return bound, most - target <= self.tolerance
+        if self.most(counts, top, n, bounds) < target:
+            return bounds, True                                        # out of reach
+        possible = self.possible(counts, top, n)
+        if possible <= target:
+            return bounds, True                                        # futile
+        near = target - radius <= self.tolerance and possible - target <= self.tolerance
+        return bounds, self.tolerance > 0 and near
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -614,9 +718,9 @@ class Trial:
         self.x = x                                                     # C H W
         self.select, self.estimate = (generator_for(seed, index, phase, x.device) for phase in (0, 1))
         self.top = None                                                # the class that is certified
-        self.k = 0                                                     # how often it won
-        self.n = 0                                                     # in so many draws
-        self.bound = 0.0                                               # lower bound of P[f = top]
+        self.n = 0                                                     # draws that estimate
+        self.counts = None                                             # how often each class won, (classes,)
+        self.bounds = None                                             # {bound: (p_a, p_b)}
         self.done = False
         self.seconds = 0.0
 
@@ -631,15 +735,21 @@ class Trial:
         if self.top is None:
             self.top = int(counts.numpy().argmax())                    # of equals the first
             return
-        self.k += int(counts[self.top])
+        self.counts = counts if self.counts is None else self.counts + counts
         self.n = rule.next_look(self.n)
-        self.bound, self.done = rule.decide(self.k, self.n, self.bound)
+        self.bounds, self.done = rule.decide(self.counts, self.top, self.n, self.bounds)
 
-    def certificate(self, sigma):
-        """(prediction, radius): abstains unless P[f = top] > 1/2 is certain."""
-        if self.bound <= 0.5:
+    @property
+    def k(self):
+        """How often the top class won."""
+        return int(self.counts[self.top])
+
+    def certificate(self, sigma, bound="one-sided"):
+        """(prediction, radius): abstains unless P[f = top] is certain to be the largest, p_a > p_b."""
+        p_a, p_b = self.bounds[bound]
+        if p_a <= p_b:
             return ABSTAIN, 0.0
-        return self.top, round_down(certified_radius(self.bound, sigma))
+        return self.top, round_down(certified_radius(p_a, sigma, p_b))
 
 
 def certify_all(classifier, images, noise, n0, rule, seed=0, batch=CHUNK):
@@ -698,13 +808,18 @@ PUBLISHED = {           # certified accuracy in %, best over sigma, at each radi
         "DMAE ViT-B": (79.2, 64.6, 47.3, 36.1),
         "DMAE ViT-B, continued": (80.8, 67.1, 49.7, 37.7)}),
 }
-COLUMNS = ["idx", "label", "predict", "radius", "correct", "time",     # Cohen's
-           "count", "n", "sigma", "alpha"]                             # ours
+COLUMNS = [
+    "idx", "label", "predict", "radius", "correct", "time",            # Cohen's
+    "count", "n", "sigma", "alpha",                                    # of the class that was selected; draws
+    "top", "runner_up", "classes",                                     # that class; largest count of another
+    "one_sided", "two_sided",                                          # radius by either bound, -1: abstains
+]
 
 
 def read_rows(path):
     """The complete rows of a TSV, ours or in Cohen's format, as dicts. Right is who predicts the label."""
-    kinds = dict(idx=int, label=int, predict=int, correct=int, count=int, n=int, time=str)
+    whole = ("idx", "label", "predict", "correct", "count", "n", "top", "runner_up", "classes")
+    kinds = dict.fromkeys(whole, int) | dict(time=str)
     rows = []
     try:
         lines = Path(path).read_text().split("\n")[:-1]          # what follows the last newline is a torn row
@@ -746,11 +861,22 @@ def seconds_of(time):
     return sum(float(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
+def by_bound(row, bound):
+    """A row as that bound has it."""
+    column = bound.replace("-", "_")
+    if column not in row:
+        return row                                                     # Cohen's logs are one-sided
+    predict = row["top"] if row[column] >= 0 else ABSTAIN
+    return dict(row, predict=predict, radius=max(0.0, row[column]), correct=int(predict == row["label"]))
+
+
 class Summary:
     """The table's numbers for the certificates of one classifier at one sigma."""
 
-    def __init__(self, rows):
-        self.name = ""                                                 # where sigma alone does not tell
+    def __init__(self, rows, bound="one-sided", name=""):
+        rows = [by_bound(row, bound) for row in rows]
+        self.bound = bound
+        self.name = name                                               # where sigma alone does not tell
         self.m = len(rows)
         self.alpha = max(row["alpha"] for row in rows)
         self.sigma = rows[0]["sigma"]
@@ -767,9 +893,6 @@ class Summary:
     def accuracy(self, r):
         return self.right(r) / self.m
 
-    @property
-    def title(self):
-        return f"{self.sigma:g} {self.name}".strip()
 
     def guaranteed(self, r, among=1):
         """Lower bound, at 99.9 % for so many summaries at once, of the share on which g is right within r."""
@@ -842,28 +965,30 @@ def curves_of(files):
     return sorted(curves, key=lambda curve: curve[0])
 
 
-def summarise(files, labels=None):
-    """A Summary for each curve of the files (curves_of), named by `labels`, or by folder where sigma does
-    not tell.
+def summarise(files, labels=None, bounds=("one-sided",)):
+    """A Summary of each curve of the files (curves_of) by each of the bounds.
+
+    They are named by `labels`, or by folder where sigma does not tell.
     """
     curves = curves_of(files)
     require(curves, "there are no rows to report")
     firsts = "; ".join(str(part[0]) for _, part, _ in curves)
     require(labels is None or len(labels) == len(curves),
             f"--label needs {len(curves)} names, one for each curve: {firsts}")
+    names = labels or [""] * len(curves)
     sigmas = [sigma for sigma, _, _ in curves]
+    if not labels and len({*sigmas}) < len(sigmas):
+        names = [Path(part[0]).parent.name for _, part, _ in curves]
+        known = list(zip(sigmas, names, strict=True))
+        for i, (_, part, _) in enumerate(curves):
+            if known.count(known[i]) > 1:                              # several files of one folder
+                names[i] = f"{names[i]}/{Path(part[0]).stem}"
     summaries = []
-    for i, (_, part, rows) in enumerate(curves):
-        one = Summary(rows)
-        if labels:
-            one.name = labels[i]
-        elif len({*sigmas}) < len(sigmas):
-            one.name = Path(part[0]).parent.name or Path(part[0]).stem
-        summaries.append(one)
-    names = [(one.sigma, one.name) for one in summaries]
-    for one, (_, part, _) in zip(summaries, curves, strict=True):
-        if not labels and one.name and names.count((one.sigma, one.name)) > 1:
-            one.name = f"{one.name}/{Path(part[0]).stem}"
+    for bound in bounds:
+        for name, (_, part, rows) in zip(names, curves, strict=True):
+            require(bound == "one-sided" or "two_sided" in rows[0],
+                    f"{part[0]} has no counts of other classes: it has the one-sided radius only")
+            summaries.append(Summary(rows, bound, name))
     return summaries
 
 
@@ -876,25 +1001,34 @@ def table(summaries, radii, kind="text"):
     def percent(shares):
         return [f"{100 * share:.1f}" for share in shares]
 
+    def title(one, first):
+        return " ".join(filter(None, (first, one.name, one.bound if len(bounds) > 1 else "")))
+
+    bounds = {one.bound for one in summaries}
     lines = [["sigma", "images", *(f"r={r:g}" for r in radii), "ACR", "abstain", "s/image"]]
     notes = ["* certified accuracy in % less what the certificates' own errors may add, at 99.9 % confidence"]
+    if bounds == {"two-sided"}:
+        lines[0][0] = "sigma, two-sided"
+    if len(bounds) > 1:
+        notes.append("  one-sided: p_b = 1 - p_a, as in published tables; two-sided: p_b from the rivals' "
+                     "counts; each holds by itself")
     for one in summaries:
         accuracy = percent(one.accuracy(r) for r in radii)
         others = [f"{one.acr:.3f}", f"{100 * one.abstained:.1f}%", f"{one.seconds:.2f}"]
-        lines.append([one.title, f"{one.m}", *accuracy, *others])
+        lines.append([title(one, f"{one.sigma:g}"), f"{one.m}", *accuracy, *others])
     by_name = {}
     for one in summaries:
-        by_name.setdefault(one.name, []).append(one)
-    envelopes = {name: group for name, group in by_name.items() if len(group) > 1}
-    for name, group in envelopes.items():
+        by_name.setdefault((one.name, one.bound), []).append(one)
+    envelopes = [group for group in by_name.values() if len(group) > 1]
+    for group in envelopes:
         best = percent(max(one.accuracy(r) for one in group) for r in radii)
-        lines.append([f"best {name}".strip(), "", *best, "", "", ""])
+        lines.append([title(group[0], "best"), "", *best, "", "", ""])
     for one in summaries:
         proven = percent(one.guaranteed(r) for r in radii)
-        lines.append([one.title, "proven*", *proven, "", "", ""])
-    for name, group in envelopes.items():
+        lines.append([title(one, f"{one.sigma:g}"), "proven*", *proven, "", "", ""])
+    for group in envelopes:
         proven = percent(max(one.guaranteed(r, among=len(group)) for one in group) for r in radii)
-        lines.append([f"best {name}".strip(), "proven*", *proven, "", "", ""])
+        lines.append([title(group[0], "best"), "proven*", *proven, "", "", ""])
     if envelopes:
         notes.append("  best: the largest over sigma at each radius, a choice made on these test images; "
                      "proven for all sigmas at once")
@@ -911,7 +1045,9 @@ def table(summaries, radii, kind="text"):
 
 
 def plot(path, summaries, published=None):
-    """Certified accuracy over the radius, with its lower bound; with the paper's baselines as marks."""
+    """Certified accuracy over the radius, with its lower bound; two-sided dashed; the paper's baselines as
+    marks.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4))
@@ -920,12 +1056,19 @@ def plot(path, summaries, published=None):
     require(Path(path).suffix[1:] in kinds,
             f"cannot draw {path}: its name must end in one of {', '.join(kinds)}")
     colours = itertools.cycle(("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"))
-    for one, colour in zip(summaries, colours, strict=False):
+    colour_of = {}
+    for one in summaries:
+        curve = (one.sigma, one.name)
+        if curve not in colour_of:
+            colour_of[curve] = next(colours)
+        dashed = one.bound == "two-sided"
+        words = (f"$\\sigma$ = {one.sigma:g}", one.name, "two-sided" if dashed else "")
         r = np.linspace(0, max(0.1, *one.radii * 1.02) if len(one.radii) else 0.1, 500)
         accuracy = [100 * one.accuracy(x) for x in r]
         guaranteed = [100 * one.guaranteed(x) for x in r]
-        axis.plot(r, accuracy, color=colour, label=f"$\\sigma$ = {one.sigma:g} {one.name}".strip())
-        axis.fill_between(r, guaranteed, accuracy, color=colour, alpha=0.2, linewidth=0)
+        colour, style = colour_of[curve], "--" if dashed else "-"
+        axis.plot(r, accuracy, style, color=colour, label=" ".join(filter(None, words)))
+        axis.fill_between(r, guaranteed, accuracy, color=colour, alpha=0.1 if dashed else 0.2, linewidth=0)
     if published:
         radii, methods = PUBLISHED[published]
         for (name, values), mark in zip(methods.items(), "os^vDX*Ph", strict=True):
@@ -941,7 +1084,7 @@ def plot(path, summaries, published=None):
 
 
 def report(args):
-    summaries = summarise(args.report, args.label)
+    summaries = summarise(args.report, args.label, BOUNDS if args.bound == "both" else (args.bound,))
     if args.plot:
         plot(args.plot, summaries, args.published)
     print(table(summaries, args.radii, args.format))
@@ -1058,10 +1201,16 @@ def gather_parts(result, first):
 
 def format_row(trial, label, args):
     """The TSV's row of a finished trial."""
-    prediction, radius = trial.certificate(args.sigma)
+    prediction, radius = trial.certificate(args.sigma, args.bound)
     taken = timedelta(seconds=trial.seconds)
     row = [trial.index, label, prediction, f"{radius:.6f}", int(prediction == label), taken]
-    return "\t".join(map(str, [*row, trial.k, trial.n, args.sigma, args.alpha])) + "\n"
+    row += [trial.k, trial.n, args.sigma, args.alpha]
+    runner_up, rivals = rivals_of(trial.counts, trial.top, trial.n)
+    row += [trial.top, runner_up, rivals + 1]
+    for bound in BOUNDS:
+        prediction, radius = trial.certificate(args.sigma, bound)
+        row.append("-1" if prediction == ABSTAIN else f"{radius:.6f}")
+    return "\t".join(map(str, row)) + "\n"
 
 
 class Progress:
@@ -1102,30 +1251,32 @@ def finish(result, args):
     write_atomically(result, lambda path: path.write_text("\n".join(lines) + "\n"))
     for part in parts:
         part.unlink()
-    summaries = summarise([result])
+    summaries = summarise([result], bounds=BOUNDS)
     plot(result.with_name(result.name.removesuffix(".tsv") + ".png"), summaries)
-    one = summaries[0]
+    one = summaries[BOUNDS.index(args.bound)]
     exact = binomtest(one.right(0), one.m).proportion_ci(confidence_level=0.95, method="exact")
     print(table(summaries, args.radii))
     print(f"certified accuracy at r = 0: {one.accuracy(0):.1%} of these {one.m} images "
           f"(exact interval for all images, 95 %: {exact.low:.1%} to {exact.high:.1%})")
     if args.sequential:
-        print(f"{one.draws:,} draws, {one.draws / (one.m * args.n):.1%} of n = {args.n:,} an image")
+        share = one.draws / (one.m * args.n)
+        print(f"{one.draws:,} draws, {share:.1%} of n = {args.n:,} an image; images stop when the table's "
+              "radii are settled: ACR is a lower bound of that with n draws")
 
 
 def certify_pictures(args, classifier, classes, rule, noise, device):
     """Certify --images one by one, and print what comes out."""
     size = args.image_size
     try:
-        pictures = [read_picture(file, args.channels) for file in args.images]
+        pictures = [open_picture(file, args.channels) for file in args.images]
     except RunError as error:
         raise ValueError(str(error)) from None                         # nothing was done yet
     for index, (file, picture) in enumerate(zip(args.images, pictures, strict=True)):
-        if picture.shape[1:] != (size, size):
+        if picture.size != (size, size):
             print(f"{file}: resized and cropped to {size} x {size}, the radius is in pixels of that")
         x = fit(picture, size).to(device) / 255
         (trial,) = certify_all(classifier, [(index, x)], noise, args.n0, rule, args.seed, args.batch)
-        guess, radius = trial.certificate(args.sigma)
+        guess, radius = trial.certificate(args.sigma, args.bound)
         request = x, generator_for(args.seed, index, 2, device), args.n
         vote = clear_winner(count_classes(classifier, [request], noise, args.batch)[0], args.alpha)
         names = {ABSTAIN: "abstains"} | dict(enumerate(classes)) if classes else {ABSTAIN: "abstains"}
@@ -1152,7 +1303,7 @@ def certify_test_images(args, checkpoints, classifier, rule, rank, world, device
     with run_directory(stem, settings, MAY_CHANGE, result, args.overwrite):
         if result.exists():
             say(f"{result} is done; --out elsewhere, or --overwrite to do it again")
-            say(table(summarise([result]), args.radii))
+            say(table(summarise([result], bounds=BOUNDS), args.radii))
             return
         finished = gather_parts(result, Path(f"{result}.part0"))
         if finished:
@@ -1163,7 +1314,7 @@ def certify_test_images(args, checkpoints, classifier, rule, rank, world, device
         images = ((i, test.read(i).to(device) / test.levels) for i in todo)
         with open(f"{result}.part{rank}", "a") as rows:
             for trial in certify_all(classifier, images, noise, args.n0, rule, args.seed, args.batch):
-                prediction, radius = trial.certificate(args.sigma)
+                prediction, radius = trial.certificate(args.sigma, args.bound)
                 label = int(test.labels[trial.index])       # seen here first: prediction and radius are final
                 rows.write(format_row(trial, label, args))
                 rows.flush()
@@ -1185,7 +1336,7 @@ def certify_with(args, checkpoints):
     args.dtype = pick_dtype(args.dtype, device, read_settings(run_stem(args), args.overwrite))
     classifier = open_classifier(args, checkpoints, device)
     if args.sequential:
-        rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance)
+        rule = Sequential(args.n, args.alpha, args.sigma, args.radii, args.boundary_tolerance, args.bound)
     else:
         rule = FixedN(args.n, args.alpha)
     if args.images:
@@ -1413,7 +1564,7 @@ class Images:
     def read(self, i):
         if self.pixels is not None:
             return self.pixels[i]                                      # C S S
-        return fit(read_picture(self.files[i], self.channels), self.size)
+        return fit(open_picture(self.files[i], self.channels), self.size)
 
 
 def open_images(dataset, data_path, train, size, channels):
@@ -1462,28 +1613,30 @@ def open_images(dataset, data_path, train, size, channels):
     return images
 
 
-def read_picture(file, channels):
-    """A picture file, upright, as uint8 (channels, any, any): RGB or grey."""
-    from torchvision.io import ImageReadMode, decode_image
+def open_picture(file, channels):
+    """A picture file as an upright PIL image with 8 bits a channel, RGB or grey."""
+    from PIL import Image, ImageOps
 
-    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    mode = "RGB" if channels == 3 else "L"
     try:
-        pixels = decode_image(file, mode, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise RunError(f"cannot read the image {file}: {str(error).splitlines()[0]}") from None
-    if pixels.dtype != torch.uint8 or len(pixels) != channels:
-        raise RunError(f"cannot read the image {file}: it has {len(pixels)} channels of {pixels.dtype}")
-    return pixels
+        with Image.open(file) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError("more than 8 bits per channel")
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+            return picture if picture.mode == mode else picture.convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RunError(f"cannot read the image {file}: {error}") from None
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224, then S x S of it."""
+    """The middle of a PIL image as uint8 (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
     from torchvision.transforms.v2 import functional as T
 
-    if picture.shape[1:] == (size, size):
-        return picture
-    picture = T.resize(picture, [round(size * 256 / 224)], T.InterpolationMode.BICUBIC)
-    return T.center_crop(picture, [size, size])
+    if picture.size != (size, size):
+        picture = T.resize(picture, [round(size * 256 / 224)], T.InterpolationMode.BICUBIC)
+        picture = T.center_crop(picture, [size, size])
+    return T.pil_to_tensor(picture)
 
 
 # ==========================================================================================================

@@ -36,6 +36,7 @@ from einops import rearrange, repeat
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as T
 from tqdm import tqdm
 
 from model import (
@@ -202,9 +203,7 @@ def make_augment(kind, images):
     require((kind == "resized-crop") == from_files,
             f"--augment {kind} is for pictures of {'at most' if from_files else 'more than'} 64 pixels")
     if from_files:
-        bicubic = v2.InterpolationMode.BICUBIC
-        crop = v2.RandomResizedCrop(images.size, scale=(0.2, 1), interpolation=bicubic)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+        return v2.Compose([ResizedCrop(images.size, scale=(0.2, 1)), v2.RandomHorizontalFlip()])
     return shift_and_flip(images.size // 8 if "shift" in kind else 0, "flip" in kind)
 
 
@@ -520,6 +519,15 @@ def shift_and_flip(shift, flip):
     return augment
 
 
+class ResizedCrop(v2.RandomResizedCrop):
+    """torchvision's random crop of a PIL image, as uint8 (C, S, S), resized by torch: faster than by PIL."""
+
+    def transform(self, picture, params):
+        top, left, height, width = (params[key] for key in ("top", "left", "height", "width"))
+        part = T.pil_to_tensor(picture.crop((left, top, left + width, top + height)))
+        return F.interpolate(part[None], self.size, mode="bicubic", antialias=True)[0]
+
+
 class Pictures(torch.utils.data.Dataset):
     """Pictures from files, augmented one by one: item (epoch, i) draws from (seed, epoch, i) alone."""
 
@@ -533,7 +541,7 @@ class Pictures(torch.utils.data.Dataset):
         if self.augment is None:
             return self.images.read(i), self.images.labels[i]
         torch.manual_seed(seed_of(self.seed, epoch, i))
-        picture = read_picture(self.images.files[i], self.images.channels)
+        picture = open_picture(self.images.files[i], self.images.channels)
         return self.augment(picture), self.images.labels[i]            # C S S, ()
 
 
@@ -916,7 +924,7 @@ class Images:
     def read(self, i):
         if self.pixels is not None:
             return self.pixels[i]                                      # C S S
-        return fit(read_picture(self.files[i], self.channels), self.size)
+        return fit(open_picture(self.files[i], self.channels), self.size)
 
 
 def open_images(dataset, data_path, train, size, channels):
@@ -965,28 +973,30 @@ def open_images(dataset, data_path, train, size, channels):
     return images
 
 
-def read_picture(file, channels):
-    """A picture file, upright, as uint8 (channels, any, any): RGB or grey."""
-    from torchvision.io import ImageReadMode, decode_image
+def open_picture(file, channels):
+    """A picture file as an upright PIL image with 8 bits a channel, RGB or grey."""
+    from PIL import Image, ImageOps
 
-    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    mode = "RGB" if channels == 3 else "L"
     try:
-        pixels = decode_image(file, mode, apply_exif_orientation=True)
-    except RuntimeError as error:
-        raise RunError(f"cannot read the image {file}: {str(error).splitlines()[0]}") from None
-    if pixels.dtype != torch.uint8 or len(pixels) != channels:
-        raise RunError(f"cannot read the image {file}: it has {len(pixels)} channels of {pixels.dtype}")
-    return pixels
+        with Image.open(file) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError("more than 8 bits per channel")
+            ImageOps.exif_transpose(picture, in_place=True)
+            picture.load()
+            return picture if picture.mode == mode else picture.convert(mode)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RunError(f"cannot read the image {file}: {error}") from None
 
 
 def fit(picture, size):
-    """The middle of a picture (C, any, any) as (C, S, S): shorter side to S 256/224, then S x S of it."""
+    """The middle of a PIL image as uint8 (C, S, S): shorter side to S 256/224 (bicubic), then S x S of it."""
     from torchvision.transforms.v2 import functional as T
 
-    if picture.shape[1:] == (size, size):
-        return picture
-    picture = T.resize(picture, [round(size * 256 / 224)], T.InterpolationMode.BICUBIC)
-    return T.center_crop(picture, [size, size])
+    if picture.size != (size, size):
+        picture = T.resize(picture, [round(size * 256 / 224)], T.InterpolationMode.BICUBIC)
+        picture = T.center_crop(picture, [size, size])
+    return T.pil_to_tensor(picture)
 
 
 # ==========================================================================================================

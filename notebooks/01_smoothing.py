@@ -51,8 +51,17 @@ from scipy.stats import chi2, multivariate_normal, ncx2, norm
 from torch import nn
 
 import certify as stage3
-from certify import FixedN, GaussianNoise, certified_radius, certify, certify_all, count_classes, generator_for
-from model import Encoder, build_vit, open_images, read_checkpoint
+from certify import (
+    FixedN,
+    GaussianNoise,
+    certified_radius,
+    certify,
+    certify_all,
+    count_classes,
+    count_under_noise,
+    generator_for,
+)
+from model import Encoder, build_vit, read_checkpoint
 
 # %matplotlib inline
 BLUE, RED, GREEN, PINK, AMBER = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"      # Okabe and Ito's colours
@@ -80,8 +89,8 @@ def show(*things):
 # of weakness; an attack that fails proves nothing.
 
 # %%
-def pixels_and_labels(split):
-    images = open_images("digits", None, split, image_size=8, channels=1)
+def pixels_and_labels(train):
+    images = stage3.open_images("digits", None, train, size=8, channels=1)
     return images.pixels.float() / images.levels, images.labels
 
 
@@ -113,8 +122,8 @@ def attack(classifier, x, y, size, steps=30):
     return moved
 
 
-train_x, train_y = pixels_and_labels("train")
-test_x, test_y = (part[::3] for part in pixels_and_labels("test"))    # those that `python certify.py --sigma 0.25` certifies
+train_x, train_y = pixels_and_labels(train=True)
+test_x, test_y = (part[::3] for part in pixels_and_labels(train=False))    # those that `certify.py --sigma 0.25` certifies
 brittle = train_mlp(sigma=0.0)
 sizes = np.linspace(0, 1.5, 16)
 attacked = [attack(brittle, test_x, test_y, float(size)) for size in sizes]
@@ -152,17 +161,18 @@ plt.show()
 # only through the smooth weight $\phi_\sigma(z - x)$: however wildly $f$ jumps, $p_c$ cannot. It is the solution of the heat
 # equation at time $\sigma^2 / 2$ with the decision region as initial temperature.
 #
-# In the scripts, the noise is `GaussianNoise`, and the counts over noisy copies, whose largest is the answer, come from
-# `count_classes`.
+# In the scripts, the counts over noisy copies, whose largest is the answer, come from `count_under_noise`. Where many
+# images are certified, `count_classes` counts for all of them at once: their copies share batches, and the noise is
+# `GaussianNoise`, from the same random numbers.
 
 # %%
-show(GaussianNoise, count_classes)
+show(count_under_noise, GaussianNoise, count_classes)
 
 
 # %% [markdown]
 # **Check.** In one dimension, let $f$ answer class 1 on the interval $[-1, 2]$ and class 0 elsewhere. Then
 # $p_1(x) = \Phi((2 - x)/\sigma) - \Phi((-1 - x)/\sigma)$, and the counts have to agree with it, up to the standard deviation
-# of a binomial count.
+# of a binomial count; and both ways to count have to agree to the last copy.
 
 # %%
 def interval(z):
@@ -172,8 +182,10 @@ def interval(z):
 
 sigma, n = 0.8, 20_000
 for position in (-1.5, -0.5, 0.0, 1.9):
-    counts = count_classes(interval, [(torch.full((1, 1, 1), position), generator_for(0, 0, 1, "cpu"), n)],
-                           GaussianNoise(sigma), batch=1000)[0]
+    x = torch.full((1, 1, 1), position)
+    counts = count_under_noise(interval, x, sigma, n, generator_for(0, 0, 1, "cpu"), batch=1000)
+    requests = [(x, generator_for(0, 0, 1, "cpu"), n)]
+    assert torch.equal(counts, count_classes(interval, requests, GaussianNoise(sigma), batch=1000)[0])
     exact = norm.cdf((2 - position) / sigma) - norm.cdf((-1 - position) / sigma)
     print(f"x = {position:4.1f}: counted {counts[1] / n:.4f}, exact {exact:.4f}")
     assert abs(counts[1] / n - exact) < 4 * np.sqrt(exact * (1 - exact) / n)
@@ -222,7 +234,7 @@ for index, point in enumerate(points):
     top = share.argmax()
     x = torch.tensor(point, dtype=torch.float32).view(1, 1, 2)
     n = 10_000
-    counts = count_classes(ragged, [(x, generator_for(0, index, 1, "cpu"), n)], GaussianNoise(sigma), batch=1000)[0].numpy()
+    counts = count_under_noise(ragged, x, sigma, n, generator_for(0, index, 1, "cpu"), batch=1000).numpy()
     assert np.all(np.abs(counts / n - share) < 4 * np.sqrt(share * (1 - share) / n) + 0.002)        # two ways to compute p_c
     radius = certified_radius(share[top], sigma, np.sort(share)[-2])
     inside = np.hypot(line[None] - point[0], line[:, None] - point[1]) < radius
@@ -508,7 +520,7 @@ plt.show()
 #
 # The radius is the distance, for *every* $\sigma$: nothing is lost, and nothing depends on the dimension. It makes the linear
 # classifier the best test of a certification procedure: the truth is known, to the last digit. The whole procedure, sampling
-# and confidence bound included (notebook 2), is `certify`:
+# and confidence bound included (notebook 2), is `certify`, which counts by `count_under_noise`:
 
 # %%
 show(certify)
@@ -632,9 +644,9 @@ plt.show()
 # %% [markdown]
 # **On the digits.** The same small network, trained on four noise levels and certified at each. Every curve is the share of
 # test images that are answered rightly *and* certified beyond the radius. From $\sigma = 0.12$ to $0.5$ each curve starts
-# lower and reaches farther than the one before: the trade. At $\sigma = 1$ the trade is over. The classes drown, shares stay
-# near one half, and the radii shrink as well: (8) and (9) at work. (The draws are few here, 2000 per image, so that the cell
-# takes seconds.)
+# lower and reaches farther than the one before: the trade. At $\sigma = 1$ the trade is over. The classes drown, shares
+# stay near one half, and the radii shrink as well: (8) and (9) at work. (The draws are few here, 2000 per image, so that
+# the cell takes seconds; `certify_all` does what `certify` does, for many images at once.)
 
 # %%
 def certified_curve(network, sigma, radii, n=2000):
@@ -712,15 +724,16 @@ plt.show()
 show(Encoder.prepare)
 
 # %% [markdown]
-# **Check.** The same linear classifier, told once in $[0, 1]$ and once in $[0, 255]$, with the same random stream: the same
-# counts, the radius multiplied by 255. Then three channels with different $s_j$: the point of
-# the ellipsoid's surface that is nearest to its centre, over many directions, lies at $R_u \min_j s_j$.
+# **Check.** The same linear classifier, told once in $[0, 1]$ and once in $[0, 255]$ (which `certify` takes for a mistake
+# unless told `any_range`), with the same random stream: the same counts, the radius multiplied by 255. Then three
+# channels with different $s_j$: the point of the ellipsoid's surface that is nearest to its centre, over many directions,
+# lies at $R_u \min_j s_j$.
 
 # %%
 x = torch.rand(3, 8, 8)
 b = 0.3 * w.norm() - w @ x.flatten()
 _, small = certify(linear, x, 0.25, n=5000, batch=1000)
-_, large = certify(lambda z: linear(z / 255), 255 * x, 255 * 0.25, n=5000, batch=1000)
+_, large = certify(lambda z: linear(z / 255), 255 * x, 255 * 0.25, n=5000, batch=1000, any_range=True)
 print(f"radius {small:.6f} in [0, 1], {large:.4f} in [0, 255], ratio {large / small:.3f}")
 assert abs(large / small - 255) < 0.01
 

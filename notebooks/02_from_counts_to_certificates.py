@@ -60,7 +60,9 @@ from certify import (
     certified_radius,
     certify,
     certify_all,
+    clear_winner,
     count_classes,
+    count_under_noise,
     excess,
     generator_for,
     log_e_value,
@@ -68,7 +70,7 @@ from certify import (
     predict,
     round_down,
 )
-from model import open_images, read_checkpoint
+from model import read_checkpoint
 
 # %matplotlib inline
 BLUE, RED, GREEN, PINK, AMBER = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"      # Okabe and Ito's colours
@@ -90,16 +92,17 @@ def show(*things):
 # $$ k \sim \operatorname{Binomial}(n, p), \qquad \Pr[k = j] = \binom nj p^j (1 - p)^{n - j},
 #    \qquad \operatorname{sd}(\hat p) = \sqrt{p(1 - p)/n}, \tag{1} $$
 #
-# whatever the dimension of the image: the copies are independent, and each is either called $A$ or not. In the scripts the
-# counts come from `count_classes` (shown in notebook 1). Here they are for one test digit and the committed transformer, made
-# by `python pretrain.py && python finetune.py --sigma 0.25`.
+# whatever the dimension of the image: the copies are independent, and each is either called $A$ or not. In the scripts
+# the counts come from `count_under_noise`, or for many images at once from `count_classes` (both are shown in notebook
+# 1). Here they are for one test digit and the committed transformer, made by
+# `python pretrain.py && python finetune.py --sigma 0.25`.
 
 # %%
 vit = stage3.rebuild(read_checkpoint(root / "results/digits/finetune_sigma_0.25.pt", "finetune"), "the checkpoint").eval()
-images = open_images("digits", None, "test", image_size=8, channels=1)
+images = stage3.open_images("digits", None, train=False, size=8, channels=1)
 index, sigma, alpha = 3, 0.25, 0.001
 x = images.pixels[index].float() / images.levels
-counts = count_classes(vit, [(x, generator_for(0, index, 1, "cpu"), 4000)], GaussianNoise(sigma), batch=500)[0]
+counts = count_under_noise(vit, x, sigma, 4000, generator_for(0, index, 1, "cpu"), batch=500)
 
 figure, axes = plt.subplots(1, 2, figsize=(7.6, 3), width_ratios=(1, 2))
 axes[0].imshow((x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))[0], cmap="gray_r")
@@ -276,10 +279,26 @@ for n in (100, 10_000):
 # of $g$, and the radius from $L(k)$ is at most the true one. So a false certificate requires $L(k) > p$. Abstentions are never
 # false; they count as wrong in certified accuracy, so they are not free either.
 #
-# In the scripts: `Trial.absorb` selects and counts, `FixedN.decide` bounds, `Trial.certificate` abstains or answers.
+# In the scripts this is `certify`, one step after the other. (With $p_B = 1 - p_A$ to abstain at $p_A \le p_B$ is to abstain
+# at $p_A \le \frac12$. `bound="two-sided"` takes $p_B$ from the counts of the other classes instead, with half of $\alpha$.)
 
 # %%
-show(Trial, FixedN)
+show(certify)
+
+# %% [markdown]
+# For a whole test set the scripts go through the same steps with many images at once, so that their copies fill batches
+# together. Then each image is a `Trial`: `Trial.absorb` selects and counts, `FixedN.decide` bounds, `Trial.certificate`
+# abstains or answers, and `certify_all` keeps a pool of them busy. The counts are the same.
+
+# %%
+show(Trial, FixedN, certify_all)
+
+# %%
+some = [(i, images.pixels[i].float() / images.levels) for i in range(0, 40, 5)]
+pooled = {trial.index: trial.certificate(sigma)
+          for trial in certify_all(vit, some, GaussianNoise(sigma), 100, FixedN(500, alpha), batch=500)}
+assert pooled == {i: certify(vit, x, sigma, n0=100, n=500, alpha=alpha, index=i, batch=500) for i, x in some}
+print("certify and certify_all agree:", pooled)
 
 
 # %% [markdown]
@@ -318,9 +337,9 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# **Prediction without a radius.** Who only wants $g(x)$ can do with less. `predict` takes the two most frequent classes, with
-# counts $k_1 \ge k_2$, and abstains unless a two-sided test of $k_1$ out of $k_1 + k_2$ against a fair coin has a $p$-value of
-# at most $\alpha$:
+# **Prediction without a radius.** Who only wants $g(x)$ can do with less. `predict` counts, and `clear_winner` takes the
+# two most frequent classes, with counts $k_1 \ge k_2$, and abstains unless a two-sided test of $k_1$ out of $k_1 + k_2$
+# against a fair coin has a $p$-value of at most $\alpha$:
 #
 # $$ 2 \sum_{j = k_1}^{m} \binom{m}{j} 2^{-m} \le \alpha, \qquad m = k_1 + k_2. \tag{6} $$
 #
@@ -330,7 +349,7 @@ plt.show()
 # and Fithian 2019, on rank verification).
 
 # %%
-show(predict)
+show(predict, clear_winner)
 
 
 # %%
@@ -339,8 +358,9 @@ def two_sided(k1, k2):
 
 
 answers = [predict(on_the_plane, torch.zeros(1, 2, 2), 0.25, n=100, alpha=0.05, index=i) for i in range(1000)]
-tallies = [count_classes(on_the_plane, [(torch.zeros(1, 2, 2), generator_for(0, i, 2, "cpu"), 100)], GaussianNoise(0.25))[0]
+tallies = [count_under_noise(on_the_plane, torch.zeros(1, 2, 2), 0.25, 100, generator_for(0, i, 2, "cpu"))
            for i in range(1000)]
+assert answers == [clear_winner(tally, 0.05) for tally in tallies]
 assert all((a != ABSTAIN) == (two_sided(int(t.max()), int(t.min())) <= 0.05) for a, t in zip(answers, tallies, strict=True))
 print(f"with equal classes, predict answers in {np.mean(np.array(answers) != ABSTAIN):.1%} of runs; allowed are 5 %")
 
@@ -619,9 +639,10 @@ plt.show()
 # %% [markdown]
 # ## The sequential test: same guarantee, fewer draws
 #
-# The anytime bound is smaller than Clopper and Pearson's at the same $n$: validity at all times has a price. It buys the right
-# to stop. A table of certified accuracy asks only whether the radius reaches 0.25, 0.5 and so on, so an image may stop as soon
-# as the largest radius of the table is proven, or when the next one is *futile*. With $r$ that radius, futility means
+# The anytime bound is smaller than Clopper and Pearson's at the same $n$: validity at all times has a price. It buys
+# the right to stop. A table of certified accuracy asks only whether the radius reaches 0.25, 0.5 and so on, so an image
+# may stop as soon as the largest radius of the table is proven; when the next one is *out of reach*, as not even
+# successes in all draws to come would prove it; or when that one is *futile*. With $r$ the next radius, futility means
 #
 # $$ \text{evidence against } p_A \ge \Phi(r/\sigma) \text{ reaches } 100, \tag{14} $$
 #
@@ -646,12 +667,13 @@ show(Sequential)
 # %%
 def run_sequential(p, rule, random):
     k = n = 0
-    bound, stop = 0.0, False
+    bounds, stop = None, False
     while not stop:
         look = rule.next_look(n)
         k, n = k + random.binomial(look - n, p), look
-        bound, stop = rule.decide(k, n, bound)
-    return bound, n
+        bounds, stop = rule.decide(torch.tensor([k, n - k]), 0, n, bounds)     # counts of two classes; A is the first
+    lower, _ = bounds["one-sided"]
+    return lower, n
 
 
 random, r, sigma = np.random.default_rng(6), 0.5, 0.5

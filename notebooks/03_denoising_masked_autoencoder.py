@@ -58,7 +58,7 @@ root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 
 sys.path.insert(0, str(root))
 import model as networks
 import pretrain
-from model import DenoisingMaskedAutoencoder, build_dmae, load_weights, open_images, read_checkpoint
+from model import DenoisingMaskedAutoencoder, build_dmae, load_weights, read_checkpoint
 
 # %matplotlib inline
 plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 100, "font.size": 10,
@@ -82,7 +82,8 @@ checkpoint = read_checkpoint(root / "results/digits/pretrain.pt", "pretrain")
 dmae = DenoisingMaskedAutoencoder(**checkpoint["config"]).eval().requires_grad_(False)
 load_weights(dmae, checkpoint["model"], "results/digits/pretrain.pt")
 
-digits = {split: open_images("digits", None, split, 8, 1) for split in ("train", "test")}
+digits = {split: pretrain.open_images("digits", None, train=split == "train", size=8, channels=1)
+          for split in ("train", "test")}
 train, test = (images.pixels / images.levels for images in digits.values())
 P, N = dmae.patch_size, math.prod(dmae.grid)
 SIGMA, RATIO = checkpoint["settings"]["sigma"], checkpoint["settings"]["mask_ratio"]

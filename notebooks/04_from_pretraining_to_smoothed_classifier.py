@@ -94,8 +94,10 @@ def load_classifier(path):
     return classifier.eval()
 
 
-data = dict(dataset="digits", data_path=None, image_size=8, channels=1)
-train, test = model.open_images(split="train", holdout=0.1, **data), model.open_images(split="test", **data)
+images = finetune.open_images("digits", None, train=True, size=8, channels=1)
+test = finetune.open_images("digits", None, train=False, size=8, channels=1)
+train, _ = finetune.hold_out(images, 0.1)                                                 # which images are trained on
+train_x, train_y = images.pixels[train] / images.levels, images.labels[train]
 x, y = test.pixels / test.levels, test.labels                                             # 360 1 8 8 in [0, 1], 360
 classifier = load_classifier(DIGITS / "finetune_sigma_0.25.pt")
 print(f"{len(train):,} training images, {len(x)} test images by other writers")
@@ -117,7 +119,7 @@ print(f"{len(train):,} training images, {len(x)} test images by other writers")
 # The remedy is to train $f$ on what it will be asked about. This is the line that draws the noise, anew for every image in every step:
 
 # %%
-show(finetune.main, "images = repeat(images", "logits = ")
+show(finetune.classification_loss, "images = repeat(images", "logits = ")
 
 # %% [markdown]
 # The first check is on the shell: squared lengths of drawn noise against the two moments of $\chi^2_d$, and the radius against the
@@ -130,7 +132,7 @@ squared = noise.square().sum(dim=1)
 assert abs(squared.mean() / (d * SIGMA**2) - 1) < 0.01
 assert abs(squared.var() / (2 * d * SIGMA**4) - 1) < 0.05
 
-nearest = torch.cdist(x.flatten(1), train.pixels.flatten(1) / train.levels).min(dim=1).values
+nearest = torch.cdist(x.flatten(1), train_x.flatten(1)).min(dim=1).values
 print(f"length of the noise: {squared.sqrt().mean():.2f} +- {squared.sqrt().std():.2f}   (sigma sqrt(d) = {SIGMA * math.sqrt(d):.2f})")
 print(f"from a test digit to the nearest training digit: median {nearest.median():.2f}")
 
@@ -144,11 +146,11 @@ def train_from_scratch(sigma, steps=150, peak=3e-3):
     torch.manual_seed(0)
     f = model.build_vit("vit_digits", num_classes=10)
     optimizer = torch.optim.AdamW(f.parameters(), lr=peak)
-    positions = model.training_positions(len(train), 128, 128, 0, steps, seed=0, rank=0, world=1)
-    for step, (pixels, labels) in enumerate(train.load(positions, torch.device("cpu"))):
+    positions = finetune.training_positions(train, 128, 128, 0, steps, seed=0, rank=0, world=1)
+    for step, (pixels, labels) in enumerate(finetune.load_batches(images, positions, torch.device("cpu"))):
         optimizer.param_groups[0]["lr"] = model.learning_rate(step, steps, 20, peak)
-        images = pixels / train.levels
-        loss = F.cross_entropy(f(images + sigma * torch.randn_like(images)), labels)
+        clean = pixels / images.levels
+        loss = F.cross_entropy(f(clean + sigma * torch.randn_like(clean)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -212,10 +214,10 @@ plt.show()
 # everywhere (the right side is never negative); take the expectation over $z = x + e$.
 #
 # Averaged over images, the error of $g$ is at most $2/\ln 2 \approx 2.89$ times the expected cross-entropy under noise. This is what licenses fine-tuning with noise
-# and cross-entropy alone. It is the loss of this line, whose `logits` are those of noisy images:
+# and cross-entropy alone. It is the loss of these lines, whose `logits` are those of noisy images:
 
 # %%
-show(finetune.main, "loss = F.cross_entropy", "loss = F.cross_entropy")
+show(finetune.classification_loss, "every, target = ", "loss = F.cross_entropy")
 
 # %% [markdown]
 # (Label smoothing $\varepsilon$ replaces $\ell$ by $(1 - \varepsilon)\,\ell + \varepsilon\,\overline{\ell}$ with $\overline{\ell} \ge 0$ the mean of
@@ -310,7 +312,7 @@ assert sorted(counted) == sorted(id(p) for p in tuned.parameters() if p.requires
 
 before = {name: p.detach().clone() for name, p in tuned.named_parameters()}
 optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999))
-for group in optimizer.param_groups:                                                      # as in the loop of finetune.main
+for group in optimizer.param_groups:                                                      # as in finetune.finetune's loop
     group["lr"] = RATE * group["lr_scale"]
 torch.manual_seed(3)
 F.cross_entropy(tuned(x + 2 * SIGMA * torch.randn_like(x)), y).backward()
@@ -354,10 +356,12 @@ plt.show()
 # $$ \mathbb{E}\big[l^2 + (1 - l)^2\big] = 1 - \frac{\alpha}{2\alpha + 1}, $$
 #
 # which for the paper's $\alpha = 0.8$ is 0.69: noise of $0.83\,\sigma$ in the root mean square. CutMix copies a rectangle instead of blending; each pixel keeps the
-# noise of one image, so its level stays. In `finetune.py`, noise therefore comes after the mix:
+# noise of one image, so its level stays. In `finetune.py`, noise therefore comes after the mix: `train_step` mixes clean
+# images, and only `classification_loss` adds the noise.
 
 # %%
-show(finetune.main, "# Noise comes after", "noisy = ")
+show(finetune.train_step, "torch.manual_seed", "loss = classification_loss")
+show(finetune.classification_loss, "def ", "noisy = ")
 
 # %% [markdown]
 # The check runs the mix of the scripts on images of pure noise. Labels that are all different let us read $l$ off the blended targets, so that nothing
@@ -414,7 +418,7 @@ plt.show()
 
 # %%
 show(finetune.consistency_loss)
-show(finetune.main, "if args.consistency:", "loss = loss + consistency_loss")
+show(finetune.classification_loss, "if args.consistency:", "loss = loss + consistency_loss")
 
 # %% [markdown]
 # The check computes it a second time with `torch.distributions`, in double precision, and a third time by the identity above; it also tries the two extremes, equal copies and a uniform answer.
@@ -460,10 +464,10 @@ def continue_with(lam, eta, steps=40):
     torch.manual_seed(8)
     f = copy.deepcopy(on_noisy).train()
     optimizer = torch.optim.AdamW(f.parameters(), lr=1e-3)
-    positions = model.training_positions(len(train), 128, 128, 0, steps, seed=1, rank=0, world=1)
-    for pixels, labels in train.load(positions, torch.device("cpu")):
-        images = (pixels / train.levels).repeat(2, 1, 1, 1)                               # two noisy copies of each
-        logits = f(images + SIGMA * torch.randn_like(images))
+    positions = finetune.training_positions(train, 128, 128, 0, steps, seed=1, rank=0, world=1)
+    for pixels, labels in finetune.load_batches(images, positions, torch.device("cpu")):
+        clean = (pixels / images.levels).repeat(2, 1, 1, 1)                               # two noisy copies of each
+        logits = f(clean + SIGMA * torch.randn_like(clean))
         loss = F.cross_entropy(logits, labels.repeat(2)) + finetune.consistency_loss(logits.reshape(2, -1, 10), lam, eta)
         optimizer.zero_grad()
         loss.backward()
@@ -637,16 +641,17 @@ from compare import Posterior
 
 show(Posterior)
 show(finetune.evaluate, "model.eval()", "voted += ")
-posterior = Posterior(train.pixels / train.levels, train.labels, SIGMA)
+posterior = Posterior(train_x, train_y, SIGMA)
 
 # The same by Bayes' rule, spelled out: normalised densities, prior 1/M, one noisy image at a time, double precision.
 torch.manual_seed(7)
 for z in (x[:20] + SIGMA * torch.randn_like(x[:20])).double():
-    density = torch.distributions.Normal((train.pixels / train.levels).double(), SIGMA).log_prob(z).sum(dim=(1, 2, 3)).exp()
-    joint = torch.stack([density[train.labels == c].sum() / len(train) for c in range(10)])
+    density = torch.distributions.Normal(train_x.double(), SIGMA).log_prob(z).sum(dim=(1, 2, 3)).exp()
+    joint = torch.stack([density[train_y == c].sum() / len(train) for c in range(10)])
     assert torch.allclose(posterior(z[None].float())[0].exp().double(), joint / joint.sum(), atol=2e-3)
 
-measured = finetune.evaluate(posterior, test, SIGMA, draws=100, batch=250, seed=0, rank=0, world=1, device=torch.device("cpu"))
+measured = finetune.evaluate(posterior, test, torch.arange(len(test)), SIGMA, draws=100, batch=250, seed=0, rank=0, world=1,
+                             device=torch.device("cpu"))
 logged = select(part="posterior", labels="all", seed=0)[0]
 print("Bayes posterior without training: clean {:.1%}, one noise draw {:.1%}, majority of 100 {:.1%}".format(*measured))
 assert all(abs(now - logged[key]) <= 3 / 360 for now, key in zip(measured, ("clean", "noisy", "vote"), strict=True))

@@ -55,12 +55,13 @@ from certify import (
     certified_radius,
     certify,
     count_classes,
+    count_under_noise,
     excess,
     generator_for,
     lower_confidence_bound,
     predict,
 )
-from model import UsageError, VisionTransformer, load_weights, open_images, read_checkpoint
+from model import VisionTransformer, load_weights, read_checkpoint
 
 # %matplotlib inline
 plt.rcParams.update({"figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 100, "font.size": 10,
@@ -86,7 +87,7 @@ checkpoint = read_checkpoint(digits / "finetune_sigma_0.25.pt", "finetune")
 f = VisionTransformer(**checkpoint["config"]).eval().requires_grad_(False)
 load_weights(f, checkpoint["model"], "results/digits/finetune_sigma_0.25.pt")
 SIGMA = checkpoint["sigma"]
-test = open_images("digits", None, "test", 8, 1)
+test = certification.open_images("digits", None, train=False, size=8, channels=1)
 images, labels = test.pixels / test.levels, test.labels
 print(f"base classifier fine-tuned for sigma = {SIGMA}; {len(images)} test digits")
 
@@ -100,20 +101,21 @@ print(f"base classifier fine-tuned for sigma = {SIGMA}; {len(images)} test digit
 # is a network; we can count. Everything follows from drawing noise and counting answers.
 #
 # **Step 1, select.** Draw $n_0 = 100$ noisy copies; the most frequent answer is the candidate $c_A$. This is a guess
-# and needs no guarantee: a bad guess will cost an abstention, not a wrong promise.
+# and needs no guarantee: a bad guess will cost an abstention, not a wrong promise. Noise is drawn and answers are counted
+# by `count_under_noise`, from a random stream that belongs to the image and the step:
 
 # %%
-show_source(GaussianNoise.__call__, count_classes, generator_for)
+show_source(count_under_noise, generator_for)
 
 # %%
 index, n0, n, alpha = 3, 100, 10_000, 0.001
 x, noise = images[index], GaussianNoise(SIGMA)
-selection = count_classes(f, [(x, generator_for(0, index, 0, "cpu"), n0)], noise)[0]
+selection = count_under_noise(f, x, SIGMA, n0, generator_for(0, index, 0, "cpu"))
 top = int(selection.argmax())
 print(f"answers on {n0} copies: {selection.tolist()}  ->  c_A = {top}")
 
-copies = torch.empty(100, *x.shape)                              # the same stream, drawn again: the same hundred copies
-noise(x, generator_for(0, index, 0, "cpu"), copies)
+again = generator_for(0, index, 0, "cpu")                        # the same stream, drawn again: the same hundred copies
+copies = x + SIGMA * torch.randn(100, *x.shape, generator=again)
 answers = f(copies).argmax(1)
 assert torch.equal(torch.bincount(answers, minlength=10), selection)
 figure, axes = plt.subplots(2, 9, figsize=(9.5, 2.7))
@@ -150,7 +152,7 @@ plt.show()
 show_source(lower_confidence_bound)
 
 # %%
-counts = count_classes(f, [(x, generator_for(0, index, 1, "cpu"), n)], noise)[0]
+counts = count_under_noise(f, x, SIGMA, n, generator_for(0, index, 1, "cpu"))
 k = int(counts[top])
 p_lower = lower_confidence_bound(k, n, alpha)
 by_tail = optimize.brentq(lambda p: stats.binom.sf(k - 1, n, p) - alpha, 1e-6, k / n, xtol=1e-14)     # the tail, solved for p
@@ -182,9 +184,11 @@ plt.show()
 # \|\delta\|/\sigma\bigr)$. With the lower bound for $p_A$ that is one half exactly at $\|\delta\| = R$.
 #
 # **Step 5, abstain** if $\underline{p_A}\le\frac12$: then $c_A$ may not even be the majority at $x$ itself.
+#
+# All five steps in one function are `certify`:
 
 # %%
-show_source(certified_radius, certification.round_down, certification.Trial.certificate)
+show_source(certified_radius, certification.round_down, certify)
 
 # %%
 radius = certified_radius(p_lower, SIGMA)
@@ -199,11 +203,15 @@ whole = certify(f, x, SIGMA, n0, n, alpha, index=index)          # all steps in 
 logged = next(row for row in certification.read_rows(digits / "certify_sigma_0.25.tsv") if row["idx"] == index)
 print(f"certify(): {whole}; the committed log: class {logged['predict']}, radius {logged['radius']}, k = {logged['count']}")
 assert whole == (top, certification.round_down(radius))
+(trial,) = certification.certify_all(f, [(index, x)], noise, n0, certification.FixedN(n, alpha))      # the script's way
+assert trial.certificate(SIGMA) == whole and trial.k == k
 assert whole[0] == logged["predict"] and abs(k - logged["count"]) <= 20                   # bit for bit on one type of CPU
 
 # %% [markdown]
 # The last line compares with what the script wrote for the same image long ago: a row depends on seed, image index and
-# settings alone. (On another type of CPU a few of the 10 000 answers may differ, hence the tolerance.)
+# settings alone. (On another type of CPU a few of the 10 000 answers may differ, hence the tolerance.) The script takes
+# the same steps for many images at once, whose copies share batches: `certify_all`, which counts by `count_classes` and
+# ends in `Trial.certificate`. Its counts are those of `certify`, as the cell asserts.
 #
 # The promise in words: *with probability at least* $1-\alpha = 99.9\,\%$ *over the noise drawn in this cell, $g$
 # answers the same for every image within $\ell_2$ distance $R$ of this one.* The label has played no part. Whether the
@@ -314,7 +322,7 @@ assert shares[1.0] < shares[0.25]
 # job would, and read both.
 
 # %%
-show_source(certification.read_rows)
+show_source(certification.read_rows, certification.curves_of)
 
 # %%
 temporary = tempfile.TemporaryDirectory()
@@ -330,16 +338,25 @@ print("\n".join(foreign[:4]), "\n")
 assert theirs.m == ours.m and theirs.acr == ours.acr and np.array_equal(theirs.radii, ours.radii)
 display(Markdown(certification.table([theirs], (0.0, 0.25, 0.5, 0.75), "markdown")))
 
-forged = foreign[80].split("\t")                                 # a shard that contradicts another one is refused
+forged = foreign[80].split("\t")                                 # a file that contradicts the other one ...
 forged[3] = "9.000000"
 (folder / "noise_0.25_forged").write_text(foreign[0] + "\n" + "\t".join(forged) + "\n")
+both = [folder / "noise_0.25_second", folder / "noise_0.25_forged"]
+apart = certification.summarise(both, labels=["second", "forged"])
+print("not merged:", [f"{one.name}: {one.m} images, largest radius {one.radii.max():g}" for one in apart])
+assert [one.m for one in apart] == [len(foreign) - 60, 1]
+for file in both:                                                # ... though both were made with the same settings
+    file.with_name(f"{file.name}.json").write_text("{}")
 try:
-    certification.summarise([folder / "noise_0.25_second", folder / "noise_0.25_forged"])
+    certification.summarise(both)
     raise AssertionError("the contradiction went unnoticed")
-except UsageError as error:
+except ValueError as error:
     print("refused:", str(error).replace(str(folder), "..."))
 
 # %% [markdown]
+# Files that contradict each other are not merged: they are of different classifiers, and each becomes a curve of its own.
+# Only where the settings beside them say that both are of one run is the contradiction an error.
+#
 # Cohen's format does not store $\sigma$ and $\alpha$. The reader takes $\sigma$ from the path (`sigma_0.25` or
 # `noise_0.25`, as those logs are named), or refuses; and it takes $\alpha$ to be the customary 0.001. On the command
 # line this is `python certify.py --report FILES --radii 0.25 0.5`.
@@ -424,7 +441,7 @@ for factor, all_flipped in ((0.97, False), (1.03, True)):
 # An attack **succeeds** if `predict` names a *different class*. Abstentions are shown separately.
 
 # %%
-show_source(predict)
+show_source(predict, certification.clear_winner)
 
 # %%
 rows = [row for row in certification.read_rows(digits / "certify_sigma_0.25.tsv") if row["correct"] and row["radius"] > 0.05]

@@ -4,7 +4,7 @@
     python tests/bench.py --model vit_base_patch16 --batch 32           # one process, all its threads
     python tests/bench.py --compare                                     # and next to naive ways of doing the same
     python tests/bench.py --stage data --data-path DIR                  # picture files -> batches (DIR/train/CLASS/*.jpg)
-    python tests/bench.py --stage memory --model vit_large_patch16      # GiB at batches of 64 and 512, counted
+    python tests/bench.py --cost imagenet-large --stage pretrain        # FLOPs and GiB of a recipe's step, counted: seconds
     python tests/bench.py --table results/speed.md                      # this kind of machine's table, written into that file
 
 For each path: images (certification: draws) a second; TFLOP/s; the share of the peak, which is what a large matrix product
@@ -12,6 +12,9 @@ reaches in the same dtype and turn; the ratio to the bare loop (certification: t
 batches; training: forward, backward and optimizer alone, noise and masks made beforehand); peak memory. What is compared runs
 in turns; medians of the ratios and their quartiles are printed, since timings on shared machines are noisy. The floor of each
 path, in seconds, is its FLOPs over the peak.
+
+On a CPU with glibc, MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 THP_MEM_ALLOC_ENABLE=1 before the command let the
+process keep the memory that it frees, in huge pages, instead of asking the system for it again in every layer.
 """
 
 import argparse
@@ -30,26 +33,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import finetune
+import pretrain
 from certify import CHUNK, GaussianNoise, count_classes, generator_for
-from model import (
-    SIZES,
-    Images,
-    activations_of,
-    build_dmae,
-    build_vit,
-    count_flops,
-    keep_memory,
-    open_picture,
-    shift_and_flip,
-    start_processes,
-    training_positions,
-)
-from pretrain import draw_corruption, make_augment
+from model import SIZES, build_dmae, build_vit
+from pretrain import Images, draw_corruption, load_batches, read_picture, shift_and_flip, start_processes, training_positions
 
 SIGMA, CLASSES = 0.25, 1000
+MEMORY = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")         # they change what is measured on CPUs
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
@@ -107,6 +102,65 @@ def peak_memory(work, device):
     work()
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count_flops(work):
+    """(work(), its FLOPs), a multiplication and an addition being two; torch itself would leave out attention on CPUs."""
+    aten = torch.ops.aten
+    left_out = {aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+                aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])}
+    with FlopCounterMode(display=False, custom_mapping=left_out) as counter:
+        result = work()
+    return result, counter.get_total_flops()
+
+
+def activations_of(loss_of_batch, model):
+    """(loss_of_batch(), GiB that it keeps for the backward pass, weights aside but for copies in bf16)."""
+    kept, own = {}, {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of_batch()                                        # its graph holds the storages: no two have one place
+    return loss, sum(size for storage, size in kept.items() if storage not in own) / 2**30
+
+
+def cost(recipe, stage, dtype="bf16", batch=None):
+    """What a training step of a recipe costs, without computing it: the stage's own loss, on tensors without content.
+
+    Returns dict(model, batch: images of a device batch; forward, backward: GFLOP an image; weights: GiB of weights, gradients
+    and AdamW's moments; activations: GiB). A second's work for digits, ten for ViT-H; no memory to speak of.
+    """
+    if stage == "pretrain":
+        args = pretrain.parse(["--recipe", recipe, "--dtype", dtype])
+    else:
+        args = finetune.parse(["--recipe", recipe, "--dtype", dtype, "--sigma", "0.25", "--init", "scratch"])
+    batch = batch or pretrain.share_batch(args.batch, 1, args.device_batch)[0]
+    shape = (batch, SIZES[args.model]["channels"], args.image_size, args.image_size)
+    classes = CLASSES if args.dataset == "folder" else 10
+    device = torch.device("cpu")
+    with FakeTensorMode():
+        images = torch.rand(shape)
+        if stage == "pretrain":
+            model = pretrain.build_model(args, device)
+            loss_of_batch = lambda: pretrain.reconstruction_loss(model, images, args, 0)
+        else:
+            model, targets = finetune.build_model(args, classes, device), torch.rand(batch, classes)
+            loss_of_batch = lambda: finetune.classification_loss(model, images, targets, args)
+        (loss, activations), forward = count_flops(lambda: activations_of(loss_of_batch, model))
+        _, backward = count_flops(loss.backward)
+        weights = sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters()) / 2**30
+    return dict(model=args.model, batch=batch, forward=forward / batch / 1e9, backward=backward / batch / 1e9, weights=weights,
+                activations=activations)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,21 +303,26 @@ STAGES = {"certify": certification, "pretrain": pretraining, "finetune": finetun
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+PLAIN, OURS = "plain: PIL crop, flip, float tensor", "ours: torchvision on uint8 tensors"
+
+
 def psnr(a, b):
     return 10 * math.log10(255**2 / max((a.float() - b.float()).square().mean().item(), 1e-9))
 
 
 def picture_files(path, repeats):
-    """Images a second of one worker, from picture files, in three ways; returns the third's."""
+    """Images a second of one worker, from picture files, as the scripts do it and otherwise; returns the scripts' rate."""
     files = sorted(file for file in Path(path, "train").rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))[:100]
     if not files:
         raise SystemExit(f"there are no pictures in {path}/train")
     plain = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
                         v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    ours = make_augment("resized-crop", 224, True)
-    ways = {"decoding alone": lambda file: Image.open(file).convert("RGB"),
-            "plain: PIL crop, flip, float tensor": lambda file: plain(Image.open(file).convert("RGB")),
-            "ours: uint8 tensor": lambda file: ours(open_picture(file, 3))}
+    ours = pretrain.make_augment("resized-crop", Images(torch.zeros(len(files)), [], 224, 3, 255, files=files))
+    open_with_pil = lambda file: Image.open(file).convert("RGB")
+    ways = {"decoding alone, PIL": open_with_pil,
+            "decoding alone, torchvision": lambda file: read_picture(file, 3),
+            PLAIN: lambda file: plain(open_with_pil(file)),
+            OURS: lambda file: ours(read_picture(file, 3))}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                          # as in a worker
     all_files = {name: lambda way=way: [way(file) for file in files] for name, way in ways.items()}
@@ -271,7 +330,7 @@ def picture_files(path, repeats):
     same = []
     for i, file in enumerate(files):
         pair = []
-        for name in list(ways)[1:]:
+        for name in (PLAIN, OURS):
             torch.manual_seed(i)
             pair.append(ways[name](file))
         same.append(psnr(255 * pair[0], pair[1]))
@@ -279,19 +338,19 @@ def picture_files(path, repeats):
     rates = {name: len(files) / statistics.median(taken) for name, taken in times.items()}
     for name, rate in rates.items():
         print(f"{name:36} {rate:8,.0f} images/s of one worker")
-    ratio, low, high = spread([a / b for a, b in zip(times[list(ways)[1]], times[list(ways)[2]], strict=True)])
+    ratio, low, high = spread([a / b for a, b in zip(times[PLAIN], times[OURS], strict=True)])
     print(f"ours is {ratio:.2f} ({low:.2f}-{high:.2f}) times as fast as plain; PSNR between them {statistics.median(same):.0f} "
           f"dB, at least {min(same):.0f}")
-    return rates["ours: uint8 tensor"]
+    return rates[OURS]
 
 
 def memory_images(device, batch=500):
     """Images a second of a 32 x 32 data set that is held in memory, shifted and flipped on the device."""
     pixels = torch.zeros(50_000, 3, 32, 32, dtype=torch.uint8, device=device)
-    train = Images(torch.zeros(50_000, dtype=torch.int64), ["0"], 32, 3, pixels)
-    train.augment = shift_and_flip(4, True)
+    train = Images(torch.zeros(50_000, dtype=torch.int64), ["0"], 32, 3, 255, pixels=pixels)
     start, steps = time.perf_counter(), 40
-    for pixels, _ in train.load(training_positions(50_000, batch, batch, 0, steps, 0, 0, 1), device):
+    positions = training_positions(torch.arange(50_000), batch, batch, 0, steps, 0, 0, 1)
+    for pixels, _ in load_batches(train, positions, device, shift_and_flip(4, True)):
         pixels.float()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -313,22 +372,6 @@ def data(args, device):
             slower = "device" if cores * files > rate else "loader"
             print(f"{name}: the device pre-trains {rate:,.1f} images/s, as many as {rate / files:.2g} workers load; "
                   f"with {cores} cores the {slower} is the bottleneck")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def memory(name, batch):
-    """GiB of a pre-training step in bf16 autocast: (weights, gradients and AdamW; activations), counted without computing."""
-    with FakeTensorMode():
-        model, size = build_dmae(name), SIZES[name]
-        images = torch.rand(batch, size["channels"], size["image_size"], size["image_size"])
-        drawn = torch.rand_like(images), torch.rand(batch, math.prod(model.grid))
-        with torch.autocast("cpu", torch.bfloat16):
-            _, activations = activations_of(lambda: model(images, SIGMA, 0.75, *drawn)[0], model)
-        return 16 * sum(parameter.numel() for parameter in model.parameters()) / 2**30, activations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,18 +398,28 @@ def write_table(path, kind, head, rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["vit_digits"], choices=list(SIZES))
-    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=[*STAGES, "data", "memory"])
+    parser.add_argument("--stage", nargs="+", default=list(STAGES), choices=[*STAGES, "data"])
     parser.add_argument("--batch", type=int, help="images in a forward pass (by the model, if not given)")
     parser.add_argument("--draws", type=int, help="noisy copies in each certification run")
-    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), help="fp32, if not given; with --cost bf16")
     parser.add_argument("--compare", action="store_true", help="time naive variants, too")
+    parser.add_argument("--cost", nargs="+", choices=pretrain.RECIPES, help="count what a step of these recipes costs, and end")
     parser.add_argument("--data-path", help="class folders for --stage data")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", help="write the rows to this file, too")
     parser.add_argument("--table", help="put the table into this Markdown file, between <!-- begin cpu --> (or cuda) and end")
     args = parser.parse_args(argv)
-    keep_memory()                                                     # as the scripts do
+    if args.cost:
+        for recipe, stage, dtype in itertools.product(args.cost, args.stage, args.dtype or ["bf16"]):
+            if stage in ("pretrain", "finetune"):
+                of = cost(recipe, stage, dtype, args.batch)
+                print(f"{recipe}, {stage}, {of['model']} in {dtype}: {of['forward']:.3g} GFLOP an image forwards, "
+                      f"{of['backward']:.3g} backwards; {of['weights'] + of['activations']:.3g} GiB: {of['weights']:.3g} for "
+                      f"weights, gradients and optimizer, {of['activations']:.3g} for {of['batch']} images' activations",
+                      flush=True)
+        return
+    args.dtype = args.dtype or ["fp32"]
     device = start_processes(args.device)[2]
     matmuls = {dtype: large_matmul(device, torch.bfloat16 if dtype == "bf16" else torch.float32) for dtype in args.dtype}
     peaks = [f"{work / statistics.median(in_turns({dtype: matmul}, device, args.repeats)[dtype]) / 1e12:.3g} TFLOP/s in {dtype}"
@@ -374,7 +427,8 @@ def main(argv=None):
     cuda, flags = device.type == "cuda", sys.argv[1:] if argv is None else argv
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     head = (f"{machine}, torch {torch.__version__}; peak {', '.join(peaks)}, {copy_bandwidth(device, args.repeats):.3g} GB/s "
-            f"copying; `python tests/bench.py {' '.join(flags)}`")
+            f"copying; `{''.join(f'{name}={os.environ[name]} ' for name in MEMORY if name in os.environ)}"
+            f"python tests/bench.py {' '.join(flags)}`")
     print(head, flush=True)
     rows = []
     for name, stage, dtype in itertools.product(args.model, [stage for stage in args.stage if stage in STAGES], args.dtype):
@@ -395,11 +449,6 @@ def main(argv=None):
               f"bare loop  {row['memory_gib']:.2f} GiB", flush=True)
         for other, (ratio, low, high) in against.items():
             print(f"{'':18} {ratio:5.2f} ({low:.2f}-{high:.2f}) times as fast as: {other}", flush=True)
-    for name in args.model if "memory" in args.stage else ():
-        for batch in [args.batch] if args.batch else [64, 512]:
-            weights, activations = memory(name, batch)
-            print(f"{name}, pre-training in bf16, batch {batch} of a process: {weights:.1f} GiB for weights, gradients and "
-                  f"AdamW, {activations:.1f} GiB for activations (counted, not measured)", flush=True)
     if "data" in args.stage:
         data(args, device)
     if args.json:

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +11,8 @@ from PIL import Image
 import finetune
 import pretrain
 from model import build_dmae, build_vit
+
+ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)                         # threads that wait for each other on a busy machine are many times slower
 
@@ -45,6 +52,31 @@ def make_folder(tmp_path_factory):
 def folder8(make_folder):
     """Class folders of 3 x 40 training and 3 x 5 test pictures, 1 x 8 x 8: as large as digits, but soon evaluated."""
     return make_folder(8, train=40, test=5, grey=True)
+
+
+@pytest.fixture
+def torchrun():
+    """torchrun(processes, script, *arguments, flags=(), **popen) -> the Popen of a `torchrun` on this machine alone.
+
+    `flags` are torchrun's own, `arguments` the script's. One thread a process; the script finds model.py and the stages.
+    Its output is text, in pipes: both streams in job.communicate()[0], or as **popen says (stderr=subprocess.PIPE).
+    A job that a test leaves running, because it failed, is ended.
+    """
+    jobs = []
+
+    def start(processes, script, *arguments, flags=(), **popen):
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *flags]
+        line += ["--", script, *arguments]                                # without it torchrun takes --n for one of its own
+        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+        jobs.append(subprocess.Popen([str(part) for part in line], **how | popen))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.poll() is None:
+            job.terminate()                                               # torchrun passes it on, and kills after 30 s
+            job.communicate()
 
 
 @pytest.fixture

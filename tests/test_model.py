@@ -2,12 +2,7 @@
 
 import argparse
 import math
-import os
 import pickle
-import platform
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +18,9 @@ from sklearn.datasets import load_digits
 from model import (
     NORMALISATION,
     SIZES,
-    UsageError,
     build_dmae,
     build_vit,
-    count_flops,
     decays,
-    faster_in_bf16,
     interpolate_positions,
     load_encoder,
     patchify,
@@ -168,7 +160,7 @@ def test_interpolated_positions_keep_class_row_constants_and_orientation():
 
 
 def test_positions_of_no_square_grid_are_refused():
-    with pytest.raises(UsageError, match="15"):
+    with pytest.raises(ValueError, match="15"):
         interpolate_positions(torch.zeros(1, 16, 8), (4, 4))
 
 
@@ -489,14 +481,14 @@ def test_tensors_have_the_shapes_that_comments_claim(tiny_dmae, tiny_vit):
 @pytest.mark.parametrize("build", [build_dmae, partial(build_vit, num_classes=10)])
 @pytest.mark.parametrize("size", [9, 0, -2])
 def test_an_image_size_that_patches_do_not_fill_is_refused(build, size):
-    with pytest.raises(UsageError, match=f"{size}.*multiple.*2"):
+    with pytest.raises(ValueError, match=f"{size}.*multiple.*2"):
         build("vit_digits", image_size=size)
 
 
 @pytest.mark.parametrize("name, meant", [("vit_bas_patch16", "vit_base_patch16"), ("VIT_digits", "vit_digits"),
                                          (None, "vit_cifar")])
 def test_an_unknown_model_is_refused_with_the_close_match(name, meant):
-    with pytest.raises(UsageError, match=meant):
+    with pytest.raises(ValueError, match=meant):
         build_dmae(name)
 
 
@@ -546,7 +538,7 @@ def test_a_head_for_other_classes_is_left_out(published, tiny_vit):
     vit = tiny_vit()
     before = vit.head.weight.clone()
     missing, left = load_encoder(vit, path)
-    assert {key.removesuffix(".other") for key in (*missing, *left)} == {"head.weight", "head.bias"}
+    assert {key.removesuffix(".of_other_classes") for key in (*missing, *left)} == {"head.weight", "head.bias"}
     assert torch.equal(vit.head.weight, before)
     assert torch.equal(vit.fc_norm.weight, state["fc_norm.weight"])
 
@@ -558,7 +550,7 @@ BREAK = dict(
     width=(lambda state: state | {"pos_embed": torch.ones(1, 17, 8)}, "pos_embed"),
     rank=(lambda state: state | {"pos_embed": torch.ones(16)}, "pos_embed"),
     infinite=(lambda state: state | {"cls_token": torch.full((1, 1, 16), math.inf)}, "cls_token"),
-    oblong=(lambda state: state | {"pos_embed": torch.ones(1, 16, 16)}, "15"))
+    oblong=(lambda state: state | {"pos_embed": torch.ones(1, 18, 16)}, "17 positions"))
 
 
 @pytest.mark.parametrize("change, named", BREAK.values(), ids=BREAK)
@@ -566,7 +558,7 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_change_nothing(publishe
     path, _ = published(change(tiny_dmae().state_dict()))
     vit = tiny_vit()
     before = {key: value.clone() for key, value in vit.state_dict().items()}
-    with pytest.raises(UsageError, match=named) as error:
+    with pytest.raises(ValueError, match=named) as error:
         load_encoder(vit, path)
     assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in vit.state_dict().items())
@@ -587,7 +579,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, tiny_vit,
         (tmp_path / "evil.pt").write_bytes(pickle.dumps(content | {"model": {}}))
     else:
         torch.save(content, tmp_path / "evil.pt")
-    with pytest.raises(UsageError, match="evil.pt"):
+    with pytest.raises(ValueError, match="evil.pt"):
         load_encoder(tiny_vit(), tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(content["args"]))
@@ -602,7 +594,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(UsageError, match="file.pt"):
+    with pytest.raises(ValueError, match="file.pt"):
         read_checkpoint(path)
 
 
@@ -611,30 +603,8 @@ def test_a_truncated_checkpoint_is_refused(published):
     whole = path.read_bytes()
     for share in (0.1, 0.5, 0.99):
         path.write_bytes(whole[:int(share * len(whole))])
-        with pytest.raises(UsageError, match="not a readable checkpoint"):
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
             read_checkpoint(path)
-
-
-def test_flops_are_those_of_the_formula_attention_included():
-    d, n, patches, hidden, classes, depth, batch = 16, 17, 16, 32, 5, 2, 3
-    vit = build_vit("vit_digits", classes, dim=d, depth=depth, heads=2)
-    linear = batch * (depth * n * (2 * 4 * d * d + 2 * 2 * d * hidden) + 2 * d * classes)
-    embed, attention = batch * 2 * patches * 4 * d, batch * depth * 4 * n * n * d
-    logits, forward = count_flops(lambda: vit(torch.rand(batch, 1, 8, 8)))
-    assert forward == embed + linear + attention
-    # two products back for each one there; pixels get no gradient; fused attention computes its scores once more
-    assert count_flops(logits.sum().backward)[1] == embed + 2 * linear + 2.5 * attention
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no mallopt")
-def test_freed_memory_is_kept():
-    code = ("import resource, torch; from model import keep_memory; keep_memory(); "
-            "faults = [(torch.ones(2**24), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1] for _ in range(8)]; "
-            "print(faults[-1] - faults[-2])")                       # the first few find their place
-    small_pages = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, env=small_pages,
-                         cwd=Path(__file__).parents[1]).stdout
-    assert int(out) < 2**24 * 4 / os.sysconf("SC_PAGE_SIZE") / 10
 
 
 def test_recomputed_activations_give_the_same_gradients(tiny_dmae):
@@ -645,18 +615,3 @@ def test_recomputed_activations_give_the_same_gradients(tiny_dmae):
         model(images, 0.25, 0.5)[0].backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad])
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize(("seconds", "answer"), [({False: 0.02, True: 0.005}, True), ({False: 0.005, True: 0.02}, False),
-                                                 ({False: 0.01, True: 0.009}, False)])
-def test_bf16_is_chosen_on_a_cpu_where_a_trial_shows_it_to_be_much_faster(tiny_vit, seconds, answer):
-    class Block(torch.nn.Module):
-        def forward(self, x):
-            time.sleep(seconds[torch.is_autocast_enabled("cpu")])
-
-    model = tiny_vit(dim=256, heads=2)
-    model.blocks[0] = Block()
-    assert faster_in_bf16(model, torch.device("cpu")) == answer
-    narrow = tiny_vit()
-    narrow.blocks[0] = Block()
-    assert not faster_in_bf16(narrow, torch.device("cpu"))

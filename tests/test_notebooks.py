@@ -47,6 +47,7 @@ def test_the_committed_notebook_was_executed_and_shows_nothing_of_the_machine(so
     assert not re.search(r"Warning|/root/|/home/|/work/|/Users/|/tmp/", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
 def test_the_notebook_executes_and_its_assertions_hold(source, tmp_path):
     assert sum(len(re.findall(r"^\s*assert |assert_allclose|assert_close", cell, re.MULTILINE))

@@ -1,6 +1,9 @@
 """Bad input: one clear line on stderr, exit status 2, nothing written."""
 
+import builtins
 import os
+import shutil
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,8 @@ import torch
 
 import certify
 import finetune
-import model
 import pretrain
-from model import SIZES, UsageError, number
+from model import SIZES
 
 STAGES = {"pretrain": pretrain, "finetune": finetune, "certify": certify}
 
@@ -27,39 +29,43 @@ def refused(stage, arguments, capsys, status=(2,)):
     return error
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_run, make_folder):
+    """A folder with good and damaged checkpoints and data sets to name on the command line; no test changes it."""
+    root = tmp_path_factory.mktemp("usage")
+    os.symlink(tiny_run / "pretrain.pt", root / "good.pt")
+    os.symlink(tiny_run / "finetune_sigma_0.25.pt", root / "tuned.pt")
+    (root / "torn.pt").write_bytes((tiny_run / "pretrain.pt").read_bytes()[:5000])
+    (root / "text.pt").write_text("hello")
+    torch.save([1, 2], root / "list.pt")
+    weights = torch.load(root / "good.pt", weights_only=True)["model"]
+    torch.save({"model": weights | {"cls_token": torch.ones(1, 1, 8)}}, root / "wide.pt")
+    torch.save({"model": weights | {"extra.weight": torch.ones(1)}}, root / "extra.pt")
+    torch.save({"model": weights, "kind": "pretrain"}, root / "bare.pt")
+    for name in ("no_train/val/a", "no_val/train/a", "no_classes/train", "no_pictures/train/a"):
+        (root / name).mkdir(parents=True)
+    make_folder(8, grey=True).rename(root / "no_val_either")
+    shutil.rmtree(root / "no_val_either" / "val")
+    make_folder(8, grey=True).rename(root / "other_classes")
+    (root / "other_classes" / "val" / "class_2").rename(root / "other_classes" / "val" / "class_3")
+    (root / "classifier.py").write_text("import torch\ndef f(x):\n    return torch.zeros(len(x), 10)\nvalue = 3\n")
+    return root
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, tiny_run, make_folder):
-    """A working directory with good and damaged checkpoints and data sets to name on the command line."""
-    monkeypatch.chdir(tmp_path)
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     monkeypatch.setitem(SIZES, "tiny_rgb", dict(image_size=16, patch_size=4, channels=3, dim=16, depth=1, heads=2,
                                                 decoder_dim=16, decoder_depth=1, decoder_heads=2))
-    os.symlink(tiny_run / "pretrain.pt", "good.pt")
-    os.symlink(tiny_run / "finetune_sigma_0.25.pt", "tuned.pt")
-    Path("torn.pt").write_bytes((tiny_run / "pretrain.pt").read_bytes()[:5000])
-    Path("text.pt").write_text("hello")
-    torch.save([1, 2], "list.pt")
-    weights = torch.load("good.pt", weights_only=True)["model"]
-    torch.save({"model": weights | {"cls_token": torch.ones(1, 1, 8)}}, "wide.pt")
-    torch.save({"model": weights | {"extra.weight": torch.ones(1)}}, "extra.pt")
-    torch.save({"model": weights, "kind": "pretrain"}, "bare.pt")
-    for name in ("no_train/val/a", "no_val/train/a", "no_classes/train", "no_pictures/train/a"):
-        Path(name).mkdir(parents=True)
-    (make_folder(8, grey=True)).rename("no_val_either")
-    for path in sorted(Path("no_val_either/val").rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    Path("no_val_either/val").rmdir()
-    make_folder(8, grey=True).rename("other_classes")
-    Path("other_classes/val/class_2").rename("other_classes/val/class_3")
-    Path("classifier.py").write_text("import torch\ndef f(x):\n    return torch.zeros(len(x), 10)\nvalue = 3\n")
 
 
 FOLDER = ["--dataset", "folder", "--data-path"]
 BOTH = {                                                                    # pretrain.py and finetune.py: (arguments, named)
-    "recipe": (["--recipe", "digit"], "'digits'"),
+    "recipe": (["--recipe", "digit"], "digits"),
     "recipe, nothing close": (["--recipe", "xyz"], "imagenet-base"),
-    "data set": (["--dataset", "cifar"], "'cifar10'"),
-    "model": (["--model", "vit_bas_patch16"], "'vit_base_patch16'"),
-    "normalisation": (["--normalisation", "imagnet"], "'imagenet'"),
+    "data set": (["--dataset", "cifar"], "cifar10"),
+    "model": (["--model", "vit_bas_patch16"], "vit_base_patch16"),
+    "normalisation": (["--normalisation", "imagnet"], "imagenet"),
     "normalisation of other channels": (["--normalisation", "cifar10"], "normalisation|channels"),
     "model of other channels": (["--model", "vit_cifar", "--normalisation", "cifar10"], "1 x 8 x 8"),
     "image size": (["--image-size", "16"], "16 x 16"),
@@ -102,7 +108,7 @@ BOTH = {                                                                    # pr
     "checkpoint with another parameter": (["--init", "extra.pt"], "extra.weight"),
     "no such device": (["--device", "abacus"], "--device"),
     "no such dtype": (["--dtype", "fp4"], "--dtype"),
-    "resume": (["--resume", "maybe"], "--resume"),
+    "resume": (["--resume", "never"], "--resume"),                          # there is no such flag any more
 }
 
 
@@ -151,7 +157,7 @@ ONLY = {
         "nan": (["--sigma", "nan"], "--sigma"),
         "infinite": (["--sigma", "inf"], "--sigma"),
         "word for sigma": (["--sigma", "much"], "--sigma"),
-        "recipe": (["--sigma", "0.25", "--recipe", "cifar"], "'cifar10'"),
+        "recipe": (["--sigma", "0.25", "--recipe", "cifar"], "cifar10"),
         "nothing to certify": (["--sigma", "0.25"], "run/finetune_sigma_0.25.pt"),
         "missing checkpoint": (["--sigma", "0.25", "--checkpoint", "gone.pt"], "gone.pt"),
         "truncated checkpoint": (["--sigma", "0.25", "--checkpoint", "torn.pt"], "torn.pt"),
@@ -167,7 +173,7 @@ ONLY = {
         "no noise": (["--sigma", "0"], "--sigma"),
         "negative noise": (["--sigma", "-0.25"], "--sigma"),
         "too few copies to certify": (["--n", "9"], "abstain"),
-        "data set": (["--dataset", "digit"], "'digits'"),
+        "data set": (["--dataset", "digit"], "digits"),
         "missing data folder": ([*FOLDER, "nowhere"], "nowhere"),
         "folder without val": ([*FOLDER, "no_val_either"], "no_val_either/val"),
         "no step": (["--skip", "0"], "--skip"),
@@ -194,7 +200,10 @@ def test_help_names_every_default_and_exits_well(capsys, stage):
     with pytest.raises(SystemExit) as stop:
         STAGES[stage].main(["--help"])
     text = capsys.readouterr().out
-    assert not stop.value.code and text.count("(default: ") > 15 and "--sigma" in text
+    defaults = "".join(text[text.index("default values, of --recipe digits: "):].split())                # however wrapped
+    assert not stop.value.code and "--sigma" in text
+    for key, value in (STAGES[stage].DEFAULTS | STAGES[stage].RECIPES["digits"]).items():
+        assert f"{key.replace('_', '-')}{value}".replace(" ", "") in defaults
 
 
 def test_a_run_directory_that_cannot_be_made_is_one_line(capsys):
@@ -206,24 +215,34 @@ def test_a_missing_gpu_is_named(capsys):
     assert "cuda device" in refused("pretrain", ["--device", "cuda", "--out", "run"], capsys).lower()
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("limits, good, bad", [
+    (dict(), ["0", "-2.5"], ["nan", "inf", "-inf", "1e400"]),
     (dict(least=0), ["0", "2.5", "1e9"], ["-0.1", "nan", "inf", "-inf"]),
     (dict(above=0, below=1), ["0.5", "1e-300"], ["0", "1", "-1", "nan"]),
     (dict(least=0, below=1), ["0", "0.999"], ["1", "-1e-9"])])
-def test_numbers_keep_within_their_limits(limits, good, bad):
-    convert = number(float, **limits)
+def test_numbers_keep_within_their_limits(stage, limits, good, bad):
+    convert = STAGES[stage].number(float, **limits)
     assert [convert(text) for text in good] == [float(text) for text in good]
     for text in bad:
-        with pytest.raises(Exception, match="must be") as error:
+        with pytest.raises(ArgumentTypeError, match="must be") as error:
             convert(text)
-        assert type(error.value).__name__ == "ArgumentTypeError" and text in str(error.value)
+        assert text in str(error.value)
 
 
-def test_errors_of_several_lines_become_one(capsys):
-    @model.command
-    def main(argv):
-        raise UsageError("first\nmodel.UsageError: last")
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind, status", [("ValueError", 2), ("FileNotFoundError", 2), ("RunError", 1), ("OSError", 1)])
+def test_errors_of_several_lines_become_one(capsys, stage, kind, status):
+    """Wrong use is status 2, what breaks later 1; of a data worker's error, which holds its traceback, the last line counts."""
+    module = STAGES[stage]
+    error = getattr(module, kind, None) or getattr(builtins, kind)
+    with pytest.raises(SystemExit) as stop, module.one_line_errors():
+        raise error(f"Caught {kind} in worker 0.\nTraceback:\n  x = 1\n{stage}.RunError: last")
+    assert stop.value.code == status and capsys.readouterr().err == f"{stage}.py: error: last\n"
 
-    with pytest.raises(SystemExit) as stop:
-        main([])
-    assert stop.value.code == 2 and capsys.readouterr().err == "test_usage.py: error: last\n"
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_errors_of_ours_are_not_hidden(stage):
+    """A mistake in the program itself keeps its traceback."""
+    with pytest.raises(ZeroDivisionError), STAGES[stage].one_line_errors():
+        raise ZeroDivisionError("3")

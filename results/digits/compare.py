@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python results/digits/compare.py                  # in the repository's root; half an hour on one core
 
-One process calls the scripts' main(), one after the other, with the flags that it prints, and collects the last row of each
-log: that of the test images. Stopped and started again, it goes on. Times are of the processor, since other programs on the
-machine change those less than the clock's.
+One process calls the scripts' main(), one after the other, with the flags that it prints, and collects the last row of
+each log: that of the test images. Stopped and started again, it goes on: after Ctrl-C with the seconds so far, after a
+kill without those of the run that was cut short. Times are of the processor, since other programs on the machine change
+those less than the clock's.
 """
 
 import json
@@ -17,7 +18,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import finetune
 import pretrain
-from model import open_images
 
 SIGMA, RUNS, RESULT = 0.25, Path("runs/compare"), Path(__file__).with_name("comparison.jsonl")
 PRETRAIN = {"dmae": "", "mae": "--sigma 0 --loss-on dropped --mask-ratio 0.5 "}
@@ -60,11 +60,14 @@ class Posterior(torch.nn.Module):
 
 
 def posterior(labels, seed):
-    data = dict(dataset="digits", data_path=None, image_size=8, channels=1)
-    train, test = open_images(split="train", holdout=0.1, **data), open_images(split="test", **data)
-    part = train if labels == "all" else finetune.few_labels(train, labels, seed).subset(torch.arange(10 * labels))
-    model = Posterior(part.pixels / part.levels, part.labels, SIGMA)
-    found = finetune.evaluate(model, test, SIGMA, 100, 250, seed, 0, 1, torch.device("cpu"))
+    images = finetune.open_images("digits", None, train=True, size=8, channels=1)
+    test = finetune.open_images("digits", None, train=False, size=8, channels=1)
+    train, _ = finetune.hold_out(images, 0.1)
+    if labels != "all":
+        train = finetune.few_labels(train, images.labels, 10, labels, seed)[:10 * labels]            # each of them once
+    model = Posterior(images.pixels[train] / images.levels, images.labels[train], SIGMA)
+    everything = torch.arange(len(test))
+    found = finetune.evaluate(model, test, everything, SIGMA, 100, 250, seed, 0, 1, torch.device("cpu"))
     return dict(zip(("clean", "noisy", "vote"), found, strict=True))
 
 
