@@ -227,8 +227,7 @@ def check(args):
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     require(shard and int(shard[1]) < int(shard[2]),
             f"--shard must be I/K with I from 0 to K - 1, not {args.shard}")
-    require(not args.batch or args.batch % CHUNK == 0 or CHUNK % args.batch == 0,
-            f"--batch must be a multiple or a divisor of {CHUNK}, not {args.batch}")
+    check_batch(args.batch or CHUNK)
     last_alpha = args.alpha / 2 if args.sequential else args.alpha
     last_alpha = last_alpha / 2 if args.bound == "two-sided" else last_alpha
     most = certified_radius(lower_confidence_bound(args.n, args.n, last_alpha), args.sigma)
@@ -359,6 +358,11 @@ def refuse_unusable(unusable, copies, image):
                        "certificate can rest on them (try fp32)")
 
 
+def check_batch(batch):
+    if batch % CHUNK and CHUNK % batch:
+        raise ValueError(f"batch (--batch) must be a multiple or a divisor of {CHUNK}, not {batch}")
+
+
 @torch.inference_mode()
 def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK, image=0):
     """How often f answers each class on n copies x + sigma N(0, I): int64 (classes,).
@@ -366,6 +370,7 @@ def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK, image=0):
     Noise is drawn for CHUNK copies at a time, and f always sees `batch` copies: the counts do not depend on
     n's rest. Half-precision images get their noise in fp32, and f the sum in their own precision.
     """
+    check_batch(batch)
     chunks = max(1, batch // CHUNK)
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     how = dict(generator=generator, device=x.device, dtype=precise.dtype)
@@ -672,8 +677,7 @@ def count_classes(classifier, requests, noise, batch=CHUNK, images=None):
     every batch has the same shape, the last one padded. Counts stay on the device: this function's end is
     its only synchronisation. images: their indices, for messages.
     """
-    if batch % CHUNK and CHUNK % batch:
-        raise ValueError(f"the batch must be a multiple or a divisor of {CHUNK}, not {batch}")
+    check_batch(batch)
     x, _, _ = requests[0]
 
     # Cut every request into chunks.
@@ -982,7 +986,7 @@ def summarise(files, labels=None, bounds=("one-sided",)):
         known = list(zip(sigmas, names, strict=True))
         for i, (_, part, _) in enumerate(curves):
             if known.count(known[i]) > 1:                              # several files of one folder
-                names[i] = f"{names[i]}/{Path(part[0]).stem}"
+                names[i] = f"{names[i]}/{Path(part[0]).name.removesuffix('.tsv')}"
     summaries = []
     for bound in bounds:
         for name, (_, part, rows) in zip(names, curves, strict=True):
