@@ -53,6 +53,8 @@ FORMS = {
     "state_dict": lambda s: {"state_dict": s, "arch": "vit"},
     "model_ema beside others": lambda s: {"model_ema": s, "optimizer": {"state": {}, "param_groups": []}, "epoch": 9,
                                           "scaler": {"scale": 2.0}},
+    "state_dict_ema": lambda s: {"state_dict_ema": s},
+    "DeepSpeed": lambda s: {"module": s, "lr_scheduler": None},
     "DataParallel": lambda s: prefixed(s, "module."),
     "torch.compile": lambda s: {"model": prefixed(s, "_orig_mod.")},
     "DDP of a compiled model": lambda s: {"state_dict": prefixed(s, "module._orig_mod.")},
