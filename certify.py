@@ -277,19 +277,19 @@ def rivals_of(counts, top, n):
 
 
 def two_sided_bounds(counts, top, n, alpha):
-    """(p_a, p_b): p_a <= P[f = top] and P[f = c] <= p_b for all other c, together with probability 1 -
-    alpha.
+    """(p_a, p_b): p_a <= P[f = top], and P[f = c] <= p_b for all other c, both with probability 1 - alpha.
 
-    Half of alpha is for the top class, half for its rivals (the union bound: alpha / (2 (classes - 1))
-    each). The bound of a rival grows with its count, so the largest count gives p_b; and p_b <= 1 - p_a in
-    any case. (Cohen 2019, theorem 1, takes such a pair; simultaneous Clopper-Pearson bounds: Jia et al.
-    2020, arXiv 1912.09899.)
+    Half of alpha is for the top class, half for its rivals, of which p_b has to cover one alone: the
+    likeliest, c*. That is one class, whatever the counts turn out to be, and its count is at most the
+    largest; the bound grows with the count, so p_b >= the Clopper-Pearson bound of c* >= P[f = c*]. No union
+    over the rivals is needed. And p_b <= 1 - p_a in any case. (Cohen 2019, theorem 1, takes such a pair.
+    Simultaneous bounds with a union over classes: Jia et al. 2020, arXiv 1912.09899.)
     """
     runner_up, rivals = rivals_of(counts, top, n)
     p_a = lower_confidence_bound(int(counts[top]), n, alpha / 2)
     if rivals == 0:
         return p_a, 1 - p_a
-    p_b = upper_confidence_bound(runner_up, n, alpha / (2 * rivals))
+    p_b = upper_confidence_bound(runner_up, n, alpha / 2)
     return p_a, min(p_b, 1 - p_a)
 
 
@@ -552,7 +552,7 @@ class Sequential:
         two = anytime_lower_bound(k, n, early / 2)
         rival = 1.0
         if rivals:
-            rival = 1 - anytime_lower_bound(n - runner_up, n, early / (2 * rivals))
+            rival = 1 - anytime_lower_bound(n - runner_up, n, early / 2)
         if before:
             one = max(one, before["one-sided"][0])
             two = max(two, before["two-sided"][0])
@@ -1248,12 +1248,17 @@ class Progress:
 
 
 def finish(result, args):
-    """All parts are there: one file, sorted; its table and its curve."""
+    """All parts are there: they become one file, sorted."""
     parts = sorted(result.parent.glob(f"{result.name}.part*"))
     rows = merge_parts(parts)
     lines = ["\t".join(COLUMNS), *(rows[i] for i in sorted(rows))]
     write_atomically(result, lambda path: path.write_text("\n".join(lines) + "\n"))
-    for part in parts:
+    show(result, args)
+
+
+def show(result, args):
+    """The table and the curve of a finished TSV; what a kill may have left of its parts goes."""
+    for part in result.parent.glob(f"{glob.escape(result.name)}.part*"):
         part.unlink()
     summaries = summarise([result], bounds=BOUNDS)
     plot(result.with_name(result.name.removesuffix(".tsv") + ".png"), summaries)
@@ -1307,7 +1312,8 @@ def certify_test_images(args, checkpoints, classifier, rule, rank, world, device
     with run_directory(stem, settings, MAY_CHANGE, result, args.overwrite):
         if result.exists():
             say(f"{result} is done; --out elsewhere, or --overwrite to do it again")
-            say(table(summarise([result], bounds=BOUNDS), args.radii))
+            if rank == 0:
+                show(result, args)
             return
         finished = gather_parts(result, Path(f"{result}.part0"))
         if finished:
@@ -1397,7 +1403,7 @@ def new_parser(doc, defaults):
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
-        epilog=textwrap.fill(f"default values, of --recipe digits: {listed}", width=100),
+        epilog=textwrap.fill(f"default values, of --recipe digits: {listed}", 100, break_on_hyphens=False),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -1511,40 +1517,51 @@ def read_settings(stem, overwrite):
     return json.loads(file.read_text()) if file.exists() and not overwrite else {}
 
 
+def begin_run(lock, stem, settings, may_change, result, overwrite):
+    """What rank 0 does first in a run directory: lock it, compare settings with the earlier ones, write them."""
+    import filelock
+
+    os.makedirs(os.path.dirname(stem), exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(f"{stem} is in use by another process") from None
+    if overwrite:
+        for end in (".last.pt", ".pt", ".tsv", ".tsv.part*", ".jsonl", ".json"):
+            for file in glob.glob(glob.escape(stem) + end):
+                os.remove(file)
+    before = read_settings(stem, overwrite)
+    settings = json.loads(json.dumps(settings))                        # as it is read back: lists, not tuples
+    other = []
+    for key in sorted({*before, *settings} - {*may_change}):
+        if before and before.get(key) != settings.get(key):
+            other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
+    require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+    if not result.exists():
+        text = json.dumps(settings, indent=1) + "\n"
+        write_atomically(f"{stem}.json", lambda path: path.write_text(text))
+
+
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
     """Hold the files `stem`.* for this job: settings lie in `stem`.json, no other job writes to them.
 
-    A run that began with other settings (but for those that `may_change`) is refused. The file `result`
-    says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    A run that began with other settings (but for those that `may_change`) is refused, on all ranks. The file
+    `result` says, by being there, that the stage is done.
     """
     import filelock
 
     folder, name = os.path.split(stem)
     lock = filelock.FileLock(f"{folder}/.{name}.lock")
-    if is_rank_zero():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise ValueError(f"{stem} is in use by another process") from None
-        if overwrite:
-            for end in (".json", ".jsonl", ".last.pt", ".pt", ".tsv", ".tsv.part*"):
-                for file in glob.glob(glob.escape(stem) + end):
-                    os.remove(file)
-        before = read_settings(stem, overwrite)
-        settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
-        other = []
-        for key in sorted({*before, *settings} - {*may_change}):
-            if before and before.get(key) != settings.get(key):
-                other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
-        require(not other,
-                f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
-        if not result.exists():
-            text = json.dumps(settings, indent=1) + "\n"
-            write_atomically(f"{stem}.json", lambda path: path.write_text(text))
-    gather([0])
+    problem = None
     try:
+        if is_rank_zero():
+            try:
+                begin_run(lock, stem, settings, may_change, result, overwrite)
+            except (ValueError, RunError, OSError) as error:
+                problem = error
+        if gather([problem is not None]).any():
+            raise problem or SystemExit(2)                             # rank 0 says why
         yield
     finally:
         lock.release()

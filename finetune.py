@@ -884,8 +884,10 @@ def accumulating(network, more_to_come):
 
 def distribute(model):
     """The model, its gradients averaged over processes; buffers are constants but for BatchNorm's."""
-    learned = any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules())
-    return DistributedDataParallel(model, broadcast_buffers=learned, gradient_as_bucket_view=True)
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Set here, since torch 2.13 has another name for the argument.
+    network.broadcast_buffers = any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules())
+    return network
 
 
 def clip_gradients(network, largest):
@@ -931,7 +933,8 @@ class RunFiles:
         if state is None:
             return 0, None
         self.rows = len(rows)
-        self.start = time.time() - json.loads(rows[-1])["time"]
+        if rows:
+            self.start = time.time() - json.loads(rows[-1])["time"]
         load_weights(model, state["model"], self.last)
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {self.last} after step {state['step']}")
@@ -1025,7 +1028,7 @@ def new_parser(doc, defaults):
     listed = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in defaults.items())
     parser = argparse.ArgumentParser(
         description=doc,
-        epilog=textwrap.fill(f"default values, of --recipe digits: {listed}", width=100),
+        epilog=textwrap.fill(f"default values, of --recipe digits: {listed}", 100, break_on_hyphens=False),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -1139,40 +1142,51 @@ def read_settings(stem, overwrite):
     return json.loads(file.read_text()) if file.exists() and not overwrite else {}
 
 
+def begin_run(lock, stem, settings, may_change, result, overwrite):
+    """What rank 0 does first in a run directory: lock it, compare settings with the earlier ones, write them."""
+    import filelock
+
+    os.makedirs(os.path.dirname(stem), exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ValueError(f"{stem} is in use by another process") from None
+    if overwrite:
+        for end in (".last.pt", ".pt", ".tsv", ".tsv.part*", ".jsonl", ".json"):
+            for file in glob.glob(glob.escape(stem) + end):
+                os.remove(file)
+    before = read_settings(stem, overwrite)
+    settings = json.loads(json.dumps(settings))                        # as it is read back: lists, not tuples
+    other = []
+    for key in sorted({*before, *settings} - {*may_change}):
+        if before and before.get(key) != settings.get(key):
+            other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
+    require(not other, f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
+    if not result.exists():
+        text = json.dumps(settings, indent=1) + "\n"
+        write_atomically(f"{stem}.json", lambda path: path.write_text(text))
+
+
 @contextlib.contextmanager
 def run_directory(stem, settings, may_change, result, overwrite):
     """Hold the files `stem`.* for this job: settings lie in `stem`.json, no other job writes to them.
 
-    A run that began with other settings (but for those that `may_change`) is refused. The file `result`
-    says, by being there, that the stage is done. Rank 0 does all of this, the others wait for it.
+    A run that began with other settings (but for those that `may_change`) is refused, on all ranks. The file
+    `result` says, by being there, that the stage is done.
     """
     import filelock
 
     folder, name = os.path.split(stem)
     lock = filelock.FileLock(f"{folder}/.{name}.lock")
-    if is_rank_zero():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            raise ValueError(f"{stem} is in use by another process") from None
-        if overwrite:
-            for end in (".json", ".jsonl", ".last.pt", ".pt", ".tsv", ".tsv.part*"):
-                for file in glob.glob(glob.escape(stem) + end):
-                    os.remove(file)
-        before = read_settings(stem, overwrite)
-        settings = json.loads(json.dumps(settings))                    # as it is read back: lists, not tuples
-        other = []
-        for key in sorted({*before, *settings} - {*may_change}):
-            if before and before.get(key) != settings.get(key):
-                other.append(f"{key} {before.get(key)} -> {settings.get(key)}")
-        require(not other,
-                f"{stem} has other settings ({', '.join(other)}): use another --out, or --overwrite")
-        if not result.exists():
-            text = json.dumps(settings, indent=1) + "\n"
-            write_atomically(f"{stem}.json", lambda path: path.write_text(text))
-    gather([0])
+    problem = None
     try:
+        if is_rank_zero():
+            try:
+                begin_run(lock, stem, settings, may_change, result, overwrite)
+            except (ValueError, RunError, OSError) as error:
+                problem = error
+        if gather([problem is not None]).any():
+            raise problem or SystemExit(2)                             # rank 0 says why
         yield
     finally:
         lock.release()

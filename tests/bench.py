@@ -28,6 +28,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,15 @@ import finetune
 import pretrain
 from certify import CHUNK, GaussianNoise, count_classes, generator_for
 from model import SIZES, build_dmae, build_vit
-from pretrain import Images, draw_corruption, load_batches, read_picture, shift_and_flip, start_processes, training_positions
+from pretrain import (
+    Images,
+    draw_corruption,
+    load_batches,
+    open_picture,
+    shift_and_flip,
+    start_processes,
+    training_positions,
+)
 
 SIGMA, CLASSES = 0.25, 1000
 MEMORY = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")         # they change what is measured on CPUs
@@ -75,9 +84,9 @@ def spread(values):
     return middle, low, high
 
 
-def large_matmul(device, dtype):
+def large_matmul(device, dtype, side=None):
     """(function, FLOPs) of five large square matrix products: what the device can do."""
-    side = 8192 if device.type == "cuda" else 2048
+    side = side or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return lambda: [a @ b for _ in range(5)], 5 * 2 * side**3
 
@@ -147,14 +156,15 @@ def cost(recipe, stage, dtype="bf16", batch=None):
     batch = batch or pretrain.share_batch(args.batch, 1, args.device_batch)[0]
     shape = (batch, SIZES[args.model]["channels"], args.image_size, args.image_size)
     classes = CLASSES if args.dataset == "folder" else 10
-    device = torch.device("cpu")
-    with FakeTensorMode():
+    size = args.model_size or args.image_size
+    with FakeTensorMode(), mock.patch("torch.nn.init.trunc_normal_"):  # which looks at what it has drawn
         images = torch.rand(shape)
         if stage == "pretrain":
-            model = pretrain.build_model(args, device)
+            model = build_dmae(args.model, image_size=size, norm_pix=args.norm_pix, loss_on=args.loss_on)
             loss_of_batch = lambda: pretrain.reconstruction_loss(model, images, args, 0)
         else:
-            model, targets = finetune.build_model(args, classes, device), torch.rand(batch, classes)
+            model = build_vit(args.model, classes, image_size=size, drop_path=args.drop_path)
+            targets = torch.rand(batch, classes)
             loss_of_batch = lambda: finetune.classification_loss(model, images, targets, args)
         (loss, activations), forward = count_flops(lambda: activations_of(loss_of_batch, model))
         _, backward = count_flops(loss.backward)
@@ -303,7 +313,8 @@ STAGES = {"certify": certification, "pretrain": pretraining, "finetune": finetun
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-PLAIN, OURS = "plain: PIL crop, flip, float tensor", "ours: torchvision on uint8 tensors"
+PLAIN, TENSORS = "plain: PIL crop, flip, float tensor", "tensors: uint8, torchvision's crop"
+OURS = "ours: uint8 tensor"
 
 
 def psnr(a, b):
@@ -315,32 +326,35 @@ def picture_files(path, repeats):
     files = sorted(file for file in Path(path, "train").rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))[:100]
     if not files:
         raise SystemExit(f"there are no pictures in {path}/train")
-    plain = v2.Compose([v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
-                        v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    crop = v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC)
+    plain = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    on_tensors = v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip()])
     ours = pretrain.make_augment("resized-crop", Images(torch.zeros(len(files)), [], 224, 3, 255, files=files))
-    open_with_pil = lambda file: Image.open(file).convert("RGB")
-    ways = {"decoding alone, PIL": open_with_pil,
-            "decoding alone, torchvision": lambda file: read_picture(file, 3),
-            PLAIN: lambda file: plain(open_with_pil(file)),
-            OURS: lambda file: ours(read_picture(file, 3))}
+    decode = lambda file: Image.open(file).convert("RGB")
+    ways = {"decoding alone": decode,
+            PLAIN: lambda file: plain(decode(file)),
+            TENSORS: lambda file: on_tensors(decode(file)),
+            OURS: lambda file: ours(open_picture(file, 3))}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                          # as in a worker
     all_files = {name: lambda way=way: [way(file) for file in files] for name, way in ways.items()}
     times = in_turns(all_files, torch.device("cpu"), repeats)
-    same = []
+    alike = {PLAIN: [], TENSORS: []}
     for i, file in enumerate(files):
-        pair = []
-        for name in (PLAIN, OURS):
+        drawn = {}
+        for name in (PLAIN, TENSORS, OURS):
             torch.manual_seed(i)
-            pair.append(ways[name](file))
-        same.append(psnr(255 * pair[0], pair[1]))
+            drawn[name] = ways[name](file)
+        alike[PLAIN].append(psnr(255 * drawn[PLAIN], drawn[OURS]))
+        alike[TENSORS].append(psnr(drawn[TENSORS], drawn[OURS]))
     torch.set_num_threads(threads)
     rates = {name: len(files) / statistics.median(taken) for name, taken in times.items()}
     for name, rate in rates.items():
         print(f"{name:36} {rate:8,.0f} images/s of one worker")
-    ratio, low, high = spread([a / b for a, b in zip(times[PLAIN], times[OURS], strict=True)])
-    print(f"ours is {ratio:.2f} ({low:.2f}-{high:.2f}) times as fast as plain; PSNR between them {statistics.median(same):.0f} "
-          f"dB, at least {min(same):.0f}")
+    for name, values in alike.items():
+        ratio, low, high = spread([a / b for a, b in zip(times[name], times[OURS], strict=True)])
+        print(f"ours is {ratio:.2f} ({low:.2f}-{high:.2f}) times as fast as {name}; PSNR between them "
+              f"{statistics.median(values):.0f} dB, at least {min(values):.0f}")
     return rates[OURS]
 
 

@@ -17,19 +17,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 
 import certify
 import finetune
 import pretrain
-from certify import fit, open_images, read_picture
+from certify import fit, open_images, open_picture
 from model import VisionTransformer, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STAGES = {"pretrain": pretrain, "finetune": finetune, "certify": certify}
 TRAIN = ["--dataset", "folder", "--batch", "10", "--holdout", "20", "--log-every", "3"]                      # 10 steps an epoch
 SMALL = {"pretrain": [*TRAIN, "--epochs", "4", "--save-every", "12"],
-         "finetune": [*TRAIN, "--sigma", "0.25", "--init", "scratch", "--epochs", "3", "--vote-every", "3", "--save-every", "6"],
+         "finetune": [*TRAIN, "--sigma", "0.25", "--init", "scratch", "--epochs", "3", "--vote-every", "3",
+                      "--save-every", "6"],
          "certify": ["--sigma", "0.25", "--n", "300", "--n0", "100", "--skip", "30"]}                        # 12 images
 RESULT = {"pretrain": "pretrain.pt", "finetune": "finetune_sigma_0.25.pt", "certify": "certify_sigma_0.25.tsv"}
 
@@ -103,7 +104,7 @@ def undisturbed(command, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("stage", "number", "kills"), [
-    *((stage, signal.SIGKILL, 3) for stage in STAGES),
+    ("pretrain", signal.SIGKILL, 3), ("certify", signal.SIGKILL, 3), slow("finetune", signal.SIGKILL, 3),
     *(slow(stage, signal.SIGTERM, 3) for stage in STAGES),
     *(slow(stage, number, 20, marks=pytest.mark.soak) for stage in STAGES for number in (signal.SIGKILL, signal.SIGTERM))])
 def test_a_kill_at_random_moments_changes_nothing(stage, number, kills, command, undisturbed, tmp_path):
@@ -112,8 +113,8 @@ def test_a_kill_at_random_moments_changes_nothing(stage, number, kills, command,
     while done < kills:
         out = tmp_path / str(run)
         process = fork(stage, command(stage, out))
-        process.join(moments.uniform(0, 0.8))
-        os.kill(process.pid, number)
+        process.join(moments.uniform(0, 0.6))
+        (process.kill if number == signal.SIGKILL else process.terminate)()               # nothing, if it has ended
         done += finished(process) == -number
         if done == kills:
             assert finished(fork(stage, command(stage, out))) == 0
@@ -128,8 +129,8 @@ def test_a_kill_at_random_moments_changes_nothing(stage, number, kills, command,
     slow("pretrain", signal.SIGINT), slow("finetune", signal.SIGTERM)])
 def test_a_signal_in_the_middle_of_a_run_ends_it_at_once(stage, number, command, undisturbed, tmp_path):
     """SIGTERM simply kills; Ctrl-C says so in one line, with the status that shells give it. Nothing is written any more."""
-    out, argv, name = tmp_path / "run", command(stage, tmp_path / "run"), "format_row" if stage == "certify" else "learning_rate"
-    moment = 4 if stage == "certify" else 20                          # row or step
+    out, argv = tmp_path / "run", command(stage, tmp_path / "run")
+    name, moment = ("format_row", 4) if stage == "certify" else ("learning_rate", 20)     # in the fourth row, the 20th step
 
     def interrupt():
         real, calls = getattr(STAGES[stage], name), iter(range(1, 100))
@@ -154,6 +155,7 @@ def test_a_signal_in_the_middle_of_a_run_ends_it_at_once(stage, number, command,
     assert outcome(out, stage) == undisturbed(stage)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_is_one_line_and_130(make_folder, tmp_path):
     """A terminal sends it to the data workers, too."""
     job = subprocess.Popen(
@@ -240,6 +242,12 @@ except SystemExit as stop:
     return start
 
 
+@pytest.fixture(scope="module")
+def undisturbed_on_two():
+    """{stage: outcome}, filled by who needs it."""
+    return {}
+
+
 SLOWLY = {"certify": "real = stage.format_row\nstage.format_row = lambda *a: time.sleep(0.5) or real(*a)",
           **dict.fromkeys(("pretrain", "finetune"),
                           "rate = stage.learning_rate\nstage.learning_rate = lambda *a: time.sleep(0.1) or rate(*a)")}
@@ -253,7 +261,7 @@ SLOWLY = {"certify": "real = stage.format_row\nstage.format_row = lambda *a: tim
     slow("finetune", signal.SIGINT, "all", "on one"),
     slow("certify", signal.SIGTERM, "all", "on one"),
     slow("certify", signal.SIGINT, "torchrun", "on two")])
-def test_a_signal_ends_all_processes(stage, number, to, continued, command, undisturbed, two, tmp_path):
+def test_a_signal_ends_all_processes(stage, number, to, continued, command, undisturbed, undisturbed_on_two, two, tmp_path):
     """Sent to torchrun alone, or (a terminal's Ctrl-C; Slurm) to its processes, too. No hang, and the same command continues.
 
     One process draws other noise for training than two did: then the rows before count, and all steps.
@@ -272,8 +280,11 @@ def test_a_signal_ends_all_processes(stage, number, to, continued, command, undi
     errors = workers.communicate(timeout=60)[1]                       # torchrun would wait for 30 s before it kills them
     assert workers.returncode != 0 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not (out / RESULT[stage]).exists() and not list(out.glob("*.tmp"))
+    assert 'worker.py", line' not in errors                           # torchrun prints a traceback, and the stage none
     if number == signal.SIGINT:
         assert "interrupted; the same command continues" in errors
+    if number == signal.SIGINT and to == "torchrun":                  # else the second Ctrl-C may end the first one's end
+        assert [(tmp_path / f"status_{rank}").read_text() for rank in (0, 1)] == ["130", "130"]
     if stage == "certify":
         assert sum(part.read_text().count("\n") for part in out.glob("*.part*")) < 12
     else:
@@ -294,15 +305,29 @@ def test_a_signal_ends_all_processes(stage, number, to, continued, command, undi
     assert [row["step"] for row in log] == [row["step"] for row in undisturbed(stage)[0]]
     assert log[:len(before)] == before
     if continued == "on two":
-        workers = two(stage, command(stage, tmp_path / "whole"))
-        assert workers.communicate(timeout=300) and workers.returncode == 0
-        assert outcome(out, stage) == outcome(tmp_path / "whole", stage)
+        if stage not in undisturbed_on_two:
+            workers = two(stage, command(stage, tmp_path / "whole"))
+            assert workers.communicate(timeout=300) and workers.returncode == 0
+            undisturbed_on_two[stage] = outcome(tmp_path / "whole", stage)
+        assert outcome(out, stage) == undisturbed_on_two[stage]
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="rank 0 is refused alone; the others wait for it, and die with a traceback of gloo's")
+def test_a_refusal_on_two_processes_is_one_line_and_no_traceback(command, two, tmp_path):
+    assert finished(fork("pretrain", command("pretrain", tmp_path / "run"))) == 0
+    workers = two("pretrain", [*command("pretrain", tmp_path / "run"), "--seed", "3"])
+    errors = workers.communicate(timeout=300)[1]
+    assert workers.returncode != 0 and errors.count("pretrain.py: error: ") == 1 and "seed 0 -> 3" in errors
+    assert 'pretrain.py", line' not in errors
+    assert [(tmp_path / f"status_{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
 
 @pytest.mark.slow
 def test_a_probe_on_two_processes_is_measured_as_its_checkpoint_is(command, two, tmp_path, folder8):
     """Its BatchNorm statistics differ from rank to rank; what is logged must be the accuracy of what is saved."""
-    workers = two("finetune", [*command("finetune", tmp_path / "run"), "--linear-probe", "--augment", "none", "--base-lr", "20"])
+    probe = ["--linear-probe", "--augment", "none", "--base-lr", "20"]
+    workers = two("finetune", [*command("finetune", tmp_path / "run"), *probe])
     errors = workers.communicate(timeout=300)[1]
     assert workers.returncode == 0, errors[-2000:]
     log, _ = outcome(tmp_path / "run", "finetune")
@@ -405,13 +430,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(command, und
     def poisoned(images, patches, *position):
         noise, mask = draw(images, patches, *position)
         return noise * float("inf") if position[1:2] == (30,) else noise, mask
+    for name in ("draw_loss", "draw_reconstructions"):
+        monkeypatch.setattr(pretrain, name, lambda *_: None)          # which would take longest
     monkeypatch.setattr(pretrain, "draw_corruption", poisoned)
     with pytest.raises(SystemExit) as stop:
         pretrain.main(argv)
     error = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and "loss nan at step 33" in error and "lr " in error
     assert read_checkpoint(tmp_path / "pretrain.last.pt")["step"] == 24
-    monkeypatch.undo()
+    monkeypatch.setattr(pretrain, "draw_corruption", draw)
     pretrain.main(argv)
     assert outcome(tmp_path, "pretrain") == undisturbed("pretrain")
 
@@ -512,7 +539,8 @@ def turned():
     return dict(exif=exif)
 
 
-PICTURES = {                                                          # name of the file, picture, how to save it, least PSNR
+LOSSLESS, FINE = dict(lossless=True, exact=True), dict(quality=95, subsampling=0)
+PICTURES = {                                                          # name of the file, kind of picture, how to save it, PSNR
     "RGB": ("odd.png", waves(), {}, 99),
     "grey": ("odd.png", waves("L"), {}, 99),
     "black and white": ("odd.png", waves("1"), {}, 99),
@@ -520,79 +548,63 @@ PICTURES = {                                                          # name of 
     "transparent": ("odd.png", waves("RGBA"), {}, 99),
     "transparent grey": ("odd.png", waves("LA"), {}, 99),
     "transparent palette": ("odd.png", waves("P"), dict(transparency=3), 99),
-    "one pixel": ("odd.png", waves(size=(1, 1)), {}, 99),
-    "very wide": ("odd.png", waves(size=(20_000, 20)), {}, 99),
-    "JPEG": ("odd.jpg", waves(), {}, 45),
-    "grey JPEG": ("odd.jpg", waves("L"), {}, 45),
-    "progressive JPEG": ("odd.jpeg", waves(), dict(progressive=True), 45),
-    "CMYK JPEG": ("odd.jpg", waves("CMYK"), {}, 30),
-    "turned JPEG": ("odd.jpg", waves(), turned(), 45),
+    "1 x 1": ("odd.png", waves(size=(1, 1)), {}, 99),
+    "20000 x 20": ("odd.png", waves(size=(20_000, 20)), {}, 99),
+    "JPEG": ("odd.jpg", waves(), FINE, 40),
+    "grey JPEG": ("odd.jpg", waves("L"), {}, 40),
+    "progressive JPEG": ("odd.jpeg", waves(), dict(progressive=True, **FINE), 40),
+    "CMYK JPEG": ("odd.jpg", waves("CMYK"), {}, 25),
+    "turned JPEG": ("odd.jpg", waves(), FINE | turned(), 40),
     "turned PNG": ("odd.png", waves(), turned(), 99),
-    "WEBP": ("odd.webp", waves(), dict(lossless=True), 99),
-    "transparent WEBP": ("odd.webp", waves("RGBA"), dict(lossless=True), 99),
+    "WEBP": ("odd.webp", waves(), LOSSLESS, 99),
+    "transparent WEBP": ("odd.webp", waves("RGBA"), LOSSLESS, 99),
+    "BMP": ("odd.bmp", waves(), {}, 99),
+    "TIFF": ("odd.tiff", waves(), {}, 99),
+    "PPM": ("odd.ppm", waves(), {}, 99),
     "PNG called JPEG": ("odd.jpg", waves(), dict(format="PNG"), 99),
 }
 
 
-def similar(tensor, picture, decibels):
-    """Whether uint8 (3, H, W) is the picture, but for rounding."""
-    pixels = np.asarray(picture).astype(float)
-    assert tensor.dtype == torch.uint8 and tensor.shape == (3, *pixels.shape[:2])
-    error = np.square(tensor.movedim(0, 2).numpy() - pixels).mean()
+def similar(pixels, picture, decibels):
+    """Whether uint8 (C, H, W) is the picture, but for rounding."""
+    expected = np.atleast_3d(np.asarray(picture)).astype(float)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (expected.shape[2], *expected.shape[:2])
+    error = np.square(pixels.movedim(0, 2).numpy() - expected).mean()
     return 10 * np.log10(255**2 / max(error, 1e-9)) >= decibels
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_odd_pictures_are_read_upright_with_eight_bits_as_pillow_does(name, tmp_path):
+def test_odd_pictures_are_read_upright_with_three_channels_or_one_of_eight_bits(name, tmp_path):
+    """As what was saved, whose transparency is dropped."""
     file, picture, how, decibels = PICTURES[name]
     file = folder(tmp_path) / "train" / "a" / file
     picture.save(file, **how)
-    expected = ImageOps.exif_transpose(Image.open(file))
-    if "transparency" in expected.info:
-        expected = expected.convert("RGBA")
-    assert similar(read_picture(str(file), 3), expected.convert("RGB"), decibels)
+    shown = picture.transpose(Image.Transpose.ROTATE_270) if "exif" in how else picture
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        read = open_picture(file, channels)
+        pixels = torch.from_numpy(np.atleast_3d(np.array(read))).movedim(2, 0)
+        assert read.mode == mode and similar(pixels, shown.convert(mode), decibels)
     images = pretrain.keep_small_images(open_images("folder", tmp_path, True, 32, 3), torch.device("cpu"))
     assert images.pixels.shape == (7, 3, 32, 32) and images.pixels.dtype == torch.uint8
-    if "WEBP" in name:
-        with pytest.raises(certify.RunError, match="odd.webp: it has 3 channels"):
-            read_picture(str(file), 1)
-    else:
-        grey = read_picture(str(file), 1)
-        assert similar(grey.expand(3, -1, -1), expected.convert("L").convert("RGB"), min(decibels, 45))
 
 
 @pytest.mark.parametrize("size", [(45, 30), (30, 45), (300, 301), (64, 20), (37, 37), (32, 40), (8, 8)])
-def test_pictures_are_fitted_as_pillow_does(size):
-    """The shorter side to 256/224 of what is wanted, bicubic, and the middle of that; what fits stays as it is."""
-    picture, wanted = waves(size=size), 32
-    fitted = fit(torch.from_numpy(np.array(picture)).movedim(2, 0), wanted)
+def test_pictures_are_fitted_by_their_shorter_side_and_cropped(size):
+    """To 256/224 of what is wanted, bicubic, and the middle of that: against pictures drawn at that size. What fits stays."""
+    wanted = 32
     width, height = (int(37 * side / min(size)) for side in size)                         # 32 * 256 / 224 is 36.6
     left, top = round((width - wanted) / 2), round((height - wanted) / 2)
-    expected = picture.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + wanted, top + wanted))
-    assert similar(fitted, expected, 40)
-    assert fit(fitted, wanted) is fitted
-
-
-@pytest.mark.slow
-def test_a_picture_with_more_pixels_than_pillow_allows_is_read(tmp_path):
-    """200 million: a fifth of a gigabyte."""
-    file = tmp_path / "large.png"
-    picture = Image.new("L", (14_200, 14_100), 7)
-    picture.paste(200, (0, 0, 7_100, 14_100))
-    picture.save(file, compress_level=1)
-    with pytest.raises(Image.DecompressionBombError):
-        Image.open(file).load()
-    pixels = fit(read_picture(str(file), 1), 32)
-    assert pixels.shape == (1, 32, 32) and (pixels[0, :, :15] == 200).all() and (pixels[0, :, 17:] == 7).all()
+    expected = waves(size=size).resize((width, height), Image.Resampling.BICUBIC)
+    expected = expected.crop((left, top, left + wanted, top + wanted))
+    assert similar(fit(waves(size=size), wanted), expected, 40)
+    assert similar(fit(expected, wanted), expected, 99)
 
 
 def put(file, name):
     """A file that is no good picture."""
-    if name == "truncated JPEG":
-        Image.effect_noise((64, 64), 50).convert("RGB").save(file)
-        file.write_bytes(file.read_bytes()[:600])
-    elif name == "truncated PNG":
-        Image.effect_noise((64, 64), 50).convert("RGB").save(file, "PNG")
+    noise = Image.effect_noise((64, 64), 50).convert("RGB")
+    if name in ("truncated JPEG", "truncated PNG"):
+        noise.save(file, name.split()[1])
         file.write_bytes(file.read_bytes()[:600])
     elif name == "empty file":
         file.touch()
@@ -600,20 +612,20 @@ def put(file, name):
         file.write_text("not a picture")
     elif name == "16 bits":
         Image.new("I;16", (32, 32), 40_000).save(file, "PNG")
-    elif name == "BMP":
-        waves().save(file, "BMP")
-    elif name == "three moments":
-        waves().save(file, "GIF", save_all=True, append_images=[waves().rotate(90), waves().rotate(180)])
+    elif name == "floating point":
+        Image.new("F", (32, 32), 0.5).save(file, "TIFF")
+    elif name == "20000 x 20000":
+        Image.new("1", (20_000, 20_000)).save(file, "PNG")            # what Pillow takes for an attack
     elif name == "folder":
         file.mkdir()
 
 
-BAD = ["truncated JPEG", "truncated PNG", "empty file", "text", "16 bits", "BMP", "three moments"]
-TINY = ["--recipe", "cifar10", "--dataset", "folder", "--model", "vit_cifar_tiny", "--batch", "4", "--holdout", "1", "--dry-run"]
+BAD = ["truncated JPEG", "truncated PNG", "empty file", "text", "16 bits", "floating point", "20000 x 20000"]
+TINY = ["--recipe", "cifar10", "--dataset", "folder", "--model", "vit_cifar_tiny", "--batch", "4", "--holdout", "1",
+        "--dry-run"]
 
 
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("side", [32, slow(80)])
+@pytest.mark.parametrize(("name", "side"), [*((name, 32) for name in BAD), *(slow(name, 80) for name in BAD)])
 def test_bad_pictures_stop_the_run_with_their_name(name, side, tmp_path, capsys):
     """Where they are kept in memory, and (side 80) where data workers read them."""
     put(folder(tmp_path) / "train" / "a" / "odd.jpg", name)

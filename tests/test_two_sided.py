@@ -66,11 +66,11 @@ def test_upper_bound_covers_every_p(n):
 # -- The pair ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_pair_is_clopper_pearson_at_half_of_alpha_and_the_rest_over_the_rivals():
+def test_the_pair_is_clopper_pearson_at_half_of_alpha_each():
     counts, n, alpha = [40, 3, 900, 57], 1000, 0.01
     p_a, p_b = two_sided_bounds(counts, 2, n, alpha)
     assert p_a == pytest.approx(binomtest(900, n).proportion_ci(1 - alpha, "exact").low, abs=1e-9)
-    assert p_b == pytest.approx(binomtest(57, n).proportion_ci(1 - alpha / 3, "exact").high, abs=1e-9)
+    assert p_b == pytest.approx(binomtest(57, n).proportion_ci(1 - alpha, "exact").high, abs=1e-9)
     assert two_sided_bounds(torch.tensor(counts), 2, n, alpha) == (p_a, p_b)
     assert two_sided_bounds([995, 5], 0, n, alpha)[1] == pytest.approx(1 - lower_confidence_bound(995, n, alpha / 2))
     assert two_sided_bounds([10], 0, 10, alpha) == (lower_confidence_bound(10, 10, alpha / 2),) * 1 + (
@@ -117,7 +117,7 @@ def test_the_pair_covers_in_simulation(case, classes):
     for k, r in {*zip(top.tolist(), rival.tolist(), strict=True)}:
         p_a[k, r], p_b[k, r] = two_sided_bounds([k, r] + [0] * (classes - 2), 0, k + r, alpha) if k + r == n else (
             lower_confidence_bound(k, n, alpha / 2),
-            min(upper_confidence_bound(r, n, alpha / (2 * (classes - 1))), 1 - lower_confidence_bound(k, n, alpha / 2)))
+            min(upper_confidence_bound(r, n, alpha / 2), 1 - lower_confidence_bound(k, n, alpha / 2)))
     wrong = sum(p_a[k, r] > p[0] or p_b[k, r] < max(p[1:]) for k, r in zip(top.tolist(), rival.tolist(), strict=True))
     assert wrong <= binom.ppf(1 - 1e-6, runs, alpha)
 
@@ -199,7 +199,7 @@ def test_uncertain_grid_draws_count_for_every_rival():
     assert runner_up == max(int(x) for i, x in enumerate(trial.counts) if i != trial.top) + 100
     p_a, p_b = trial.bounds["two-sided"]
     assert p_a == lower_confidence_bound(trial.k, 1000, 0.005)
-    assert p_b == min(upper_confidence_bound(runner_up, 1000, 0.01 / 4), 1 - p_a)
+    assert p_b == min(upper_confidence_bound(runner_up, 1000, 0.01 / 2), 1 - p_a)
 
 
 # -- Sequential ----------------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_either_run_keeps_what_both_bounds_need(run):
             assert row["predict"] == (row["top"] if float(row[bound]) >= 0 else "-1")
             assert float(row["radius"]) == max(0.0, float(row[bound]))
         k, r, n = int(a["count"]), int(a["runner_up"]), int(a["n"])
-        p_a, p_b = lower_confidence_bound(k, n, 0.005), upper_confidence_bound(r, n, 0.01 / 18)
+        p_a, p_b = lower_confidence_bound(k, n, 0.005), upper_confidence_bound(r, n, 0.01 / 2)
         p_b = min(p_b, 1 - p_a)
         expected = c.round_down(certified_radius(p_a, 0.5, p_b)) if p_a > p_b else -1
         assert float(a["two_sided"]) == pytest.approx(expected, abs=1e-9)
