@@ -1518,7 +1518,7 @@ def read_settings(stem, overwrite):
 
 
 def begin_run(lock, stem, settings, may_change, result, overwrite):
-    """What rank 0 does first in a run directory: lock it, compare settings with the earlier ones, write them."""
+    """What rank 0 does first: lock the run, compare its settings with the earlier ones, write them."""
     import filelock
 
     os.makedirs(os.path.dirname(stem), exist_ok=True)

@@ -175,9 +175,9 @@ def test_a_resume_takes_the_dtype_of_the_run(tmp_path, monkeypatch, capsys):
     (lambda: build_vit("vit_digits", 10, pool="cls", probe=True), True)])
 def test_buffers_are_broadcast_only_where_statistics_are_learned(build, broadcast, monkeypatch):
     made = {}
-    monkeypatch.setattr(pretrain, "DistributedDataParallel", lambda model, **how: made.update(how))
-    pretrain.distribute(build())
-    assert made == dict(broadcast_buffers=broadcast, gradient_as_bucket_view=True)
+    monkeypatch.setattr(pretrain, "DistributedDataParallel", lambda model, **how: made.update(how) or SimpleNamespace())
+    network = pretrain.distribute(build())
+    assert network.broadcast_buffers == broadcast and made == dict(gradient_as_bucket_view=True)
 
 
 @pytest.mark.parametrize("cores, processes, expected", [(16, 1, 15), (64, 8, 7), (2, 2, 1), (1, 1, 1)])
