@@ -36,6 +36,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -155,7 +156,7 @@ def parse(argv):
     parser.add_argument("--any-sigma", action=switch, help="allow another sigma than the one fine-tuned for")
     parser.add_argument("--images", nargs="+", help="certify these pictures and print the outcome")
     parser.add_argument("--report", nargs="+", help="print the table of these TSVs, ours or others'")
-    parser.add_argument("--label", nargs="+", help="names of the report's curves, in its order")
+    parser.add_argument("--label", nargs="+", help="names of the report's folders, or of its files")
     parser.add_argument("--format", choices=("text", "markdown", "csv"), help="of the report")
     parser.add_argument("--plot", help="draw the report's curves into this file")
     parser.add_argument("--published", choices=PUBLISHED, help="mark published results in the plot")
@@ -207,7 +208,9 @@ def read_classifiers(files, sigma, any_sigma):
         return []
     try:
         from model import read_checkpoint
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "model":
+            raise
         raise ValueError("checkpoints need model.py beside certify.py; or name a --classifier") from None
     wanted = ("dataset", "image_size", "channels", "classes")
     checkpoints = [read_checkpoint(file, "finetune") for file in files]
@@ -386,13 +389,17 @@ def count_under_noise(classifier, x, sigma, n, generator, batch=CHUNK, image=0):
     return counts.cpu()
 
 
-def check_image(x, any_range=False):
+def check_arguments(x, sigma, copies, any_range):
     """Refuse what is no image (C, H, W) in [0, 1]; any_range: pixels have other units, and so has sigma."""
+    if not sigma > 0 or copies < 1:
+        raise ValueError(f"sigma and the numbers of copies must be positive, not {sigma} and {copies}")
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(f"x must be a tensor of floating-point pixels in [0, 1], not {kind}")
     if x.ndim != 3:
         raise ValueError(f"x must be one image (C, H, W), not of shape {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError("x has pixels that are not finite")
     if not any_range and x.min() >= 0 and x.max() > 2:
         raise ValueError(f"x has pixels from {float(x.min()):g} to {float(x.max()):g}, not in [0, 1]: "
                          "divide by 255, or say any_range=True")
@@ -413,7 +420,7 @@ def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=
     """
     if bound not in BOUNDS:
         raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, not {bound!r}")
-    check_image(x, any_range)
+    check_arguments(x, sigma, min(n0, n), any_range)
     # n0 copies choose the class.
     generator = generator_for(seed, index, 0, x.device)
     selection = count_under_noise(classifier, x, sigma, n0, generator, batch, index)
@@ -433,7 +440,7 @@ def certify(classifier, x, sigma, n0=100, n=100_000, alpha=0.001, seed=0, index=
 
 def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK, any_range=False):
     """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability <= alpha. As certify()."""
-    check_image(x, any_range)
+    check_arguments(x, sigma, n, any_range)
     generator = generator_for(seed, index, 2, x.device)
     counts = count_under_noise(classifier, x, sigma, n, generator, batch, index)
     return clear_winner(counts, alpha)
@@ -701,7 +708,11 @@ def count_classes(classifier, requests, noise, batch=CHUNK, images=None):
             may_count = noise(image, generator, out=copies[part])
             owner[part] = torch.where((place < wanted) & may_count, row, nobody)
         pieces = copies.to(x.dtype).split(batch)
-        logits = torch.cat([logits_of(classifier(piece), len(piece)) for piece in pieces])      # B classes
+        try:
+            outputs = [classifier(piece) for piece in pieces]
+        except ClassifierError as error:
+            raise RunError(f"{error} (image {', '.join(map(str, images or []))})") from None
+        logits = torch.cat([logits_of(*pair) for pair in zip(outputs, map(len, pieces), strict=True)])
         answers, usable = answers_of(logits)                                         # B, B
         classes = logits.shape[1]
         if counts is None:
@@ -773,11 +784,7 @@ def certify_all(classifier, images, noise, n0, rule, seed=0, batch=CHUNK):
             return
         start = time.time()
         requests = [trial.request(n0, rule) for trial in pool]
-        try:
-            counts = count_classes(classifier, requests, noise, batch, [trial.index for trial in pool])
-        except ClassifierError as error:
-            numbers = ", ".join(str(trial.index) for trial in pool)
-            raise RunError(f"{error} (among the copies of image {numbers})") from None
+        counts = count_classes(classifier, requests, noise, batch, [trial.index for trial in pool])
         taken = (time.time() - start) / sum(copies for _, _, copies in requests)
         for trial, (_, _, copies), row in zip(pool, requests, counts, strict=True):
             trial.seconds += taken * copies
@@ -969,6 +976,31 @@ def curves_of(files):
     return sorted(curves, key=lambda curve: curve[0])
 
 
+def name_curves(curves, files, labels):
+    """A name for each curve: the label of its folder or file, or its folder where sigma does not tell."""
+    folders = list(dict.fromkeys(Path(file).parent for file in files))
+    firsts = [Path(part[0]) for _, part, _ in curves]
+    if labels:
+        of_folder = len(labels) == len(folders)
+        require(of_folder or len(labels) == len(files),
+                f"--label needs a name for each of the {len(folders)} folders {', '.join(map(str, folders))}, "
+                f"or of the {len(files)} files")
+        named = dict(zip(folders if of_folder else map(Path, files), labels, strict=True))
+        return [named[first.parent if of_folder else first] for first in firsts]
+    sigmas = [sigma for sigma, _, _ in curves]
+    if len({*sigmas}) == len(sigmas):
+        return [""] * len(curves)
+    names = [first.parent.resolve().name for first in firsts]
+    if len({folder.resolve().name for folder in folders}) < len(folders):
+        common = os.path.commonpath([folder.resolve() for folder in folders])
+        names = [str(first.parent.resolve().relative_to(common)) for first in firsts]
+    known = list(zip(sigmas, names, strict=True))
+    for i, first in enumerate(firsts):
+        if known.count(known[i]) > 1:                                  # several files of one folder
+            names[i] = f"{names[i]}/{first.name.removesuffix('.tsv')}"
+    return names
+
+
 def summarise(files, labels=None, bounds=("one-sided",)):
     """A Summary of each curve of the files (curves_of) by each of the bounds.
 
@@ -976,17 +1008,7 @@ def summarise(files, labels=None, bounds=("one-sided",)):
     """
     curves = curves_of(files)
     require(curves, "there are no rows to report")
-    firsts = "; ".join(str(part[0]) for _, part, _ in curves)
-    require(labels is None or len(labels) == len(curves),
-            f"--label needs {len(curves)} names, one for each curve: {firsts}")
-    names = labels or [""] * len(curves)
-    sigmas = [sigma for sigma, _, _ in curves]
-    if not labels and len({*sigmas}) < len(sigmas):
-        names = [Path(part[0]).parent.name for _, part, _ in curves]
-        known = list(zip(sigmas, names, strict=True))
-        for i, (_, part, _) in enumerate(curves):
-            if known.count(known[i]) > 1:                              # several files of one folder
-                names[i] = f"{names[i]}/{Path(part[0]).name.removesuffix('.tsv')}"
+    names = name_curves(curves, files, labels)
     summaries = []
     for bound in bounds:
         for name, (_, part, rows) in zip(names, curves, strict=True):
@@ -1120,21 +1142,25 @@ class ClassifierError(Exception):
     """What went wrong inside a user's classifier, in one sentence."""
 
 
+def all_networks():
+    """Every torch module of this process, wherever a closure, a list or an object holds it."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
+
+
 def load_callable(place, device):
-    """What FILE.py:NAME names: a callable, its networks (and those beside it) in eval mode and on the
-    device.
-    """
+    """What FILE.py:NAME names: a callable; the networks that the file makes in eval mode, on the device."""
     file, _, name = place.partition(":")
     require(Path(file).is_file(), f"there is no {file} (--classifier FILE.py:NAME)")
+    known = {id(network) for network in all_networks()}
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     require(callable(found), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-    networks = [found, *vars(module).values(), *getattr(found, "__dict__", {}).values()]
-    networks = {id(network): network for network in networks if isinstance(network, torch.nn.Module)}
-    for network in networks.values():
-        if any(part.training for part in network.modules()):
+    for network in all_networks():
+        if id(network) in known:
+            continue
+        if network.training:
             say(f"{file}: a {type(network).__name__} is put into eval mode")
         network.to(device).eval()
 
@@ -1287,7 +1313,7 @@ def certify_pictures(args, classifier, classes, rule, noise, device):
         (trial,) = certify_all(classifier, [(index, x)], noise, args.n0, rule, args.seed, args.batch)
         guess, radius = trial.certificate(args.sigma, args.bound)
         request = x, generator_for(args.seed, index, 2, device), args.n
-        vote = clear_winner(count_classes(classifier, [request], noise, args.batch)[0], args.alpha)
+        vote = clear_winner(count_classes(classifier, [request], noise, args.batch, [index])[0], args.alpha)
         names = {ABSTAIN: "abstains"} | dict(enumerate(classes)) if classes else {ABSTAIN: "abstains"}
         guess, vote = (names.get(c, f"class {c}") for c in (guess, vote))
         sure = f", certified within an l2 radius of {radius:.6f}" if radius else ""
@@ -1506,7 +1532,7 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                           # torch.save raises either
+    except Exception as error:                                         # torch and safetensors have their own
         temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 

@@ -468,7 +468,9 @@ def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, devic
     for start, (pixels, labels) in zip(starts, batches, strict=True):
         x = pixels / images.levels                                                   # B C H W in [0, 1]
         torch.manual_seed(seed_of(seed, start, 0))
-        clean += (model(x).argmax(dim=1) == labels).sum()
+        largest, answers = model(x).max(dim=1)                                       # B, B
+        unusable += (~largest.isfinite()).sum()
+        clean += (answers == labels).sum()
         largest, answers = model(x + sigma * torch.randn_like(x)).max(dim=1)         # B, B
         unusable += (~largest.isfinite()).sum()
         noisy += (answers == labels).sum()
@@ -485,7 +487,7 @@ def evaluate(model, images, index, sigma, draws, batch, seed, rank, world, devic
     model.train()
     totals = gather([float(clean), float(noisy), float(voted), float(unusable)]).sum(dim=1)
     if totals[3]:
-        raise RunError(f"{totals[3]:.0f} noisy copies got logits that are NaN or infinite (try --dtype fp32)")
+        raise RunError(f"{totals[3]:.0f} images or copies got NaN or infinite logits (try --dtype fp32)")
     clean, noisy, vote = (round(share, 6) for share in (totals[:3] / len(index)).tolist())
     return clean, noisy, vote if draws else None
 
@@ -824,7 +826,8 @@ def load_batches(images, positions, device, augment=None, seed=0, workers=None):
     """
     if images.files is not None:
         if workers is None:
-            workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         loader = torch.utils.data.DataLoader(
             Pictures(images, augment, seed),
             batch_sampler=positions,
@@ -1131,7 +1134,7 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                           # torch.save raises either
+    except Exception as error:                                         # torch and safetensors have their own
         temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 

@@ -480,7 +480,9 @@ def read_file(path):
         with torch.serialization.safe_globals(namespace):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                     # a damaged file can raise anything at all
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+        unread = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        reason = f", it holds a {unread[1]}: save the state dict alone" if unread else ""
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}{reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no weights, but a {type(content).__name__}")
     return content
@@ -516,6 +518,7 @@ def from_hugging_face(state):
         for theirs, ours in HUGGING_FACE:
             name = re.sub(theirs, ours, name)
         renamed[name] = value
+    renamed = {name: value for name, value in renamed.items() if not name.startswith("pooler.")}
     for name in [name for name in renamed if ".attn.q." in name]:
         parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
         if all(part is not None for part in parts):

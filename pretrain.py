@@ -558,7 +558,8 @@ def load_batches(images, positions, device, augment=None, seed=0, workers=None):
     """
     if images.files is not None:
         if workers is None:
-            workers = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
         loader = torch.utils.data.DataLoader(
             Pictures(images, augment, seed),
             batch_sampler=positions,
@@ -865,7 +866,7 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                           # torch.save raises either
+    except Exception as error:                                         # torch and safetensors have their own
         temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 

@@ -781,7 +781,7 @@ def test_curves_have_the_names_that_are_asked_for(tmp_path):
     lines = cells(table(named, (0, 0.55), "csv"), "csv")[1:]
     assert [line[0] for line in lines] == ["1 DMAE", "1 MAE", "1 DMAE", "1 MAE"]          # each name has one sigma: no best
     assert [line[3] for line in lines[:2]] == ["0.0", "100.0"]
-    with pytest.raises(ValueError, match="2 names.*a/sigma_1.*b/sigma_1"):
+    with pytest.raises(ValueError, match="2 folders .*/a, .*/b, or of the 2 files"):
         summarise(files, ["DMAE"])
 
 

@@ -630,7 +630,7 @@ def test_report_of_several_classifiers_at_one_sigma_names_them(reference, comman
         lines = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
         assert [line[0] for line in lines] == 2 * [f"0.25 {label}" for label in labels]
         assert [line[1] for line in lines] == ["7", "7", "proven*", "proven*"]
-    refused(["--report", *logs, "--label", "one"], capsys, "--label needs 2 names", logs[0], logs[1])
+    refused(["--report", *logs, "--label", "one"], capsys, "--label needs a name for each of the 2 folders", reference, tmp_path / "seed_1")
 
 
 @pytest.mark.parametrize("content", [None, "", "hello\n", "a\tb\n1\t2\n", "\x00\xff\n", "idx\tlabel\tpredict\tradius\n1\n"])

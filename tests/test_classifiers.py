@@ -42,6 +42,14 @@ class Output:
         self.logits = logits
 
 holder = Holder()
+nets = [Holder().inner]
+def closed():
+    inner = Holder()
+    return lambda x: inner(x)
+closure = closed()
+in_a_list = lambda x: nets[0](x)
+method = Holder().__call__
+partial = __import__("functools").partial(Holder().inner)
 plain = lambda x: net(x)
 masked = lambda x: net(x).index_fill(1, torch.tensor([3]), -float("inf"))
 pair = lambda x: (net(x), "attention")
@@ -91,7 +99,7 @@ def space():
     return names
 
 
-@pytest.mark.parametrize("name", ["net", "holder", "plain"])
+@pytest.mark.parametrize("name", ["net", "holder", "plain", "closure", "in_a_list", "method", "partial"])
 def test_networks_are_put_into_eval_mode_and_it_is_said(run, name, capsys):
     """With dropout on, f would not be one function. The network may be the callable, in its file, or in an object."""
     rows = run(name)
@@ -176,7 +184,7 @@ def linear(x):
 
 @pytest.mark.parametrize("x, words", [
     (torch.rand(1, 2, 2) * 255, "255"), (torch.rand(2, 1, 2, 2), r"\(2, 1, 2, 2\)"), (torch.rand(2, 2), r"\(2, 2\)"),
-    (torch.zeros(1, 2, 2, dtype=torch.uint8), "uint8"), (np.zeros((1, 2, 2)), "ndarray"), (torch.zeros(1, 2, 2).long(), "int64")])
+    (torch.zeros(1, 2, 2, dtype=torch.uint8), "uint8"), (torch.full((1, 2, 2), float("nan")), "not finite"), (np.zeros((1, 2, 2)), "ndarray"), (torch.zeros(1, 2, 2).long(), "int64")])
 @pytest.mark.parametrize("function", [certify, predict])
 def test_what_is_no_image_in_0_1_is_refused_in_a_sentence(function, x, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -234,5 +242,5 @@ def test_fine_tunings_evaluation_refuses_logits_that_are_none():
     vit = build_vit("vit_digits", 10)
     with torch.no_grad():
         vit.head.bias[2] = float("nan")
-    with pytest.raises(finetune.RunError, match="20 noisy copies got logits that are NaN.*fp32"):
+    with pytest.raises(finetune.RunError, match="40 images or copies got NaN.*fp32"):
         finetune.evaluate(vit, images, torch.arange(20), 0.25, 0, 10, 0, 0, 1, CPU)

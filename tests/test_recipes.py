@@ -191,7 +191,7 @@ def test_workers_are_the_cores_of_a_process_less_one(cores, processes, expected,
         def __iter__(self):
             return iter(())
 
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(torch.utils.data, "DataLoader", Loader)
     images = open_images("folder", make_folder(80), True, 80, 3)

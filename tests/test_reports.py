@@ -99,12 +99,22 @@ def test_two_classifiers_stand_in_one_table_named_by_folder(two, capsys):
 
 
 def test_or_by_labels(two, tmp_path, capsys):
-    rows, _ = report(capsys, *two, "--label", "A", "B", "C", "D")
-    assert [row[0] for row in rows[1:5]] == ["0.25 A", "0.25 B", "0.5 C", "0.5 D"]
-    main(["--report", *map(str, two), "--label", "A", "B", "A", "B", "--plot", str(tmp_path / "p.png")])
+    """One name for each folder, or for each file; both in the order in which they were given, whatever sigma is."""
+    for files, labels in ((two, ["A", "B"]), (two, ["A", "A", "B", "B"]), (two[::-1], ["B", "A"])):
+        rows, _ = report(capsys, *files, "--label", *labels, "--plot", str(tmp_path / "p.png"))
+        assert {row[0]: row[3] for row in rows[1:5]} == {"0.25 A": "50.0", "0.25 B": "0.0", "0.5 A": "50.0", "0.5 B": "0.0"}
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-    error = refused(capsys, *two, "--label", "A")
-    assert "--label needs 4 names" in error
+    mixed = [two[1], two[2]]                                           # DMAE at 0.5, MAE at 0.25: labels follow the files
+    rows, _ = report(capsys, *mixed, "--label", "DMAE", "MAE")
+    assert [row[0] for row in rows[1:3]] == ["0.25 MAE", "0.5 DMAE"]
+    assert "or of the 4 files" in refused(capsys, *two, "--label", "A", "B", "C")
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path, capsys):
+    files = [log(tmp_path / name / "cifar10" / "certify_sigma_1.tsv", (0, 3, 3, r), sha256=[name])
+             for name, r in (("dmae", 0.9), ("mae", 0.4))]
+    rows, _ = report(capsys, *files)
+    assert [row[0] for row in rows[1:3]] == ["1 dmae/cifar10", "1 mae/cifar10"]
 
 
 def test_a_label_needs_a_report(tmp_path, capsys):
