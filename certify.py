@@ -983,8 +983,8 @@ def name_curves(curves, files, labels):
     if labels:
         of_folder = len(labels) == len(folders)
         require(of_folder or len(labels) == len(files),
-                f"--label needs a name for each of the {len(folders)} folders {', '.join(map(str, folders))}, "
-                f"or of the {len(files)} files")
+                f"--label needs a name for each of the {len(folders)} folders "
+                f"{', '.join(map(str, folders))}, or of the {len(files)} files")
         named = dict(zip(folders if of_folder else map(Path, files), labels, strict=True))
         return [named[first.parent if of_folder else first] for first in firsts]
     sigmas = [sigma for sigma, _, _ in curves]
