@@ -313,7 +313,6 @@ def test_a_signal_ends_all_processes(stage, number, to, continued, command, undi
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="rank 0 is refused alone; the others wait for it, and die with a traceback of gloo's")
 def test_a_refusal_on_two_processes_is_one_line_and_no_traceback(command, two, tmp_path):
     assert finished(fork("pretrain", command("pretrain", tmp_path / "run"))) == 0
     workers = two("pretrain", [*command("pretrain", tmp_path / "run"), "--seed", "3"])
