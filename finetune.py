@@ -2,6 +2,7 @@
 
     python finetune.py --sigma 0.25                            # digits, two CPU cores: half a minute
     python finetune.py --sigma 0.5 --recipe cifar10            # one GPU
+    python finetune.py --sigma 0.5 --objective smoothadv --out runs/smoothadv --init runs/digits/pretrain.pt
     torchrun --nproc_per_node=8 finetune.py --sigma 0.25 --recipe imagenet-base --init dmae_base.pth
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 finetune.py ...
     python finetune.py --sigma 0.25 --linear-probe --init runs/digits/pretrain.pt --out runs/probe
@@ -36,7 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
@@ -59,6 +60,16 @@ from model import (
 # ----------------------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(                           # what no recipe changes
+    objective="consistency",
+    copies=None,                           # noisy copies of an image; None: 2 with consistency, else 1
+    attack_eps=None,                       # SmoothAdv: radius of the ball, pixels in [0, 1]
+    attack_step=None,                      # SmoothMix: length of a step of the ascent
+    attack_steps=None,
+    smoothmix_eta=None,
+    macer_lambda=None,
+    macer_beta=None,
+    macer_gamma=None,
+    objective_warmup=0,                    # epochs: eps and eta rise; MACER's lambda is 0
     linear_probe=False,
     labels_per_class=None,                 # all of them
     seed=0,
@@ -212,6 +223,53 @@ PROBES = {                                 # of recipes other than ImageNet's
     "cifar10": dict(PROBE, augment="shift-flip", epochs=50, batch=1024),
     "cifar10-transfer": dict(PROBE, augment="flip", epochs=50, batch=1024),
 }
+
+# What an objective changes. A triple has the values for sigma 0.25, 0.5 and 1; the nearest sigma's is taken.
+ATTACKS = dict(consistency=0.0, mixup=0.0, cutmix=0.0, objective_warmup=10)
+OBJECTIVES = {                             # as in the papers on CIFAR-10
+    "gaussian": dict(consistency=0.0),
+    "consistency": dict(),                 # lambda is the recipe's
+    "smoothadv": dict(
+        ATTACKS,
+        copies=(4, 8, 2),
+        attack_eps=(255 / 256, 1.0, 2.0),
+        attack_steps=10,
+    ),
+    "macer": dict(
+        ATTACKS,
+        copies=16,
+        macer_lambda=(12.0, 4.0, 12.0),
+        macer_beta=16.0,
+        macer_gamma=8.0,
+        objective_warmup=None,             # a third of the epochs
+    ),
+    "smoothmix": dict(
+        ATTACKS,
+        copies=2,
+        attack_step=(0.5, 1.0, 2.0),
+        attack_steps=4,
+        smoothmix_eta=5.0,
+    ),
+}
+MNIST_OBJECTIVES = {                       # as in the papers on MNIST
+    "consistency": dict(consistency=(10.0, 5.0, 5.0)),
+    "smoothadv": dict(copies=4, attack_eps=255 / 256, attack_steps=10),
+    "macer": dict(macer_lambda=(16.0, 16.0, 6.0)),
+    "smoothmix": dict(copies=4, attack_step=1.0, attack_steps=(3, 4, 8), smoothmix_eta=1.0),
+}
+IMAGENET_OBJECTIVES = {                    # SmoothAdv's paper
+    "smoothadv": dict(copies=1, attack_eps=(1.0, 255 / 256, 2.0), attack_steps=1),
+}
+RECIPE_OBJECTIVES = {                      # and in these recipes
+    "digits": {                            # ours
+        "smoothadv": dict(copies=2, attack_eps=(0.25, 0.25, 0.5), attack_steps=4),
+        "macer": dict(macer_lambda=(4.0, 4.0, 4.0)),
+        "smoothmix": dict(copies=2, attack_step=0.25, attack_steps=4),
+    },
+    "imagenet-base": IMAGENET_OBJECTIVES,
+    "imagenet-large": IMAGENET_OBJECTIVES,
+    "imagenet-huge": IMAGENET_OBJECTIVES,
+}
 INHERITED = ("dataset", "data_path", "image_size", "normalisation", "holdout", "model", "model_size")
 MAY_CHANGE = {                             # when a run is continued
     "data_path", "out", "init", "device", "device_batch", "workers", "compile", "overwrite", "dry_run",
@@ -229,6 +287,7 @@ def parse(argv):
     parser = new_parser(__doc__, DEFAULTS | RECIPES["digits"])
     count = number(int, least=1)
     at_least_0 = number(float, least=0)
+    above_0 = number(float, above=0)
     share = number(float, least=0, below=1)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--recipe", choices=RECIPES, help="data, model and all hyperparameters")
@@ -245,11 +304,23 @@ def parse(argv):
     parser.add_argument("--mixup", type=at_least_0, help="mixup's Beta parameter; 0: off")
     parser.add_argument("--cutmix", type=at_least_0, help="cutmix's Beta parameter; 0: off")
     parser.add_argument("--linear-probe", action=switch, help="a linear classifier on the frozen class token")
+    parser.add_argument("--objective", choices=OBJECTIVES,
+                        help="what is minimised; each has defaults of its own for what follows")
     parser.add_argument("--label-smoothing", type=share, help="label smoothing")
     parser.add_argument("--consistency", type=at_least_0,
-                        help="weight lambda of the consistency term; 0: off")
+                        help="weight lambda of the consistency term, with any objective; 0: off")
     parser.add_argument("--consistency-eta", type=at_least_0,
                         help="weight of its entropy; None: 0.5 for sigma < 1, else 0.1")
+    parser.add_argument("--copies", type=count, help="noisy copies of each image in a step")
+    parser.add_argument("--attack-eps", type=above_0, help="smoothadv: L2 radius of the attack")
+    parser.add_argument("--attack-step", type=above_0, help="smoothmix: L2 length of a step of the attack")
+    parser.add_argument("--attack-steps", type=count, help="smoothadv, smoothmix: steps of the attack")
+    parser.add_argument("--smoothmix-eta", type=at_least_0, help="weight of the mixed images")
+    parser.add_argument("--macer-lambda", type=at_least_0, help="weight of the radius")
+    parser.add_argument("--macer-beta", type=above_0, help="inverse temperature of the radius's scores")
+    parser.add_argument("--macer-gamma", type=above_0, help="the hinge's margin")
+    parser.add_argument("--objective-warmup", type=at_least_0,
+                        help="epochs in which eps or eta rises; macer: without the radius")
     parser.add_argument("--drop-path", type=share, help="stochastic depth of the last block")
     parser.add_argument("--min-lr", type=at_least_0, help="learning rate at the end")
     parser.add_argument("--layer-decay", type=number(float, above=0),
@@ -275,6 +346,7 @@ def parse(argv):
     values = DEFAULTS | RECIPES[recipe]
     if given.get("linear_probe"):
         values |= PROBES.get(recipe, PROBE)
+    values |= objective_values(given, recipe)
     if made_with.get("recipe") == recipe:                              # else its weights move to other data
         for key in made_with.keys() & {*INHERITED}:
             values[key] = made_with[key]
@@ -285,7 +357,24 @@ def parse(argv):
     args = argparse.Namespace(**values | named | given)
     if args.consistency_eta is None:
         args.consistency_eta = 0.5 if args.sigma < 1 else 0.1
+    if args.copies is None:
+        args.copies = 2 if args.consistency else 1
+    if args.objective_warmup is None:
+        args.objective_warmup = args.epochs / 3
+    one_label = args.objective in ("gaussian", "consistency") or not (args.mixup or args.cutmix)
+    require(one_label, f"--objective {args.objective} needs images of one class: not --mixup, not --cutmix")
     return args
+
+
+def objective_values(given, recipe):
+    """What the objective changes in the recipe at the given sigma. (Without noise all copies are alike.)"""
+    objective = given.get("objective", DEFAULTS["objective"] if given["sigma"] > 0 else "gaussian")
+    values = OBJECTIVES[objective]
+    if "objective" in given:
+        values = values | RECIPE_OBJECTIVES.get(recipe, {}).get(objective, {})
+    nearest = min(range(3), key=lambda i: abs(given["sigma"] - (0.25, 0.5, 1.0)[i]))
+    chosen = {name: value[nearest] if isinstance(value, tuple) else value for name, value in values.items()}
+    return dict(chosen, objective=objective)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -328,8 +417,26 @@ def few_labels(train, labels, classes, count, seed):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Loss
+# Objectives
+#
+# Pure functions of clean images x (B, C, H, W) in [0, 1], targets (B, classes), which are shares of classes,
+# and noise (m, B, C, H, W), already times sigma. logits_of(x, noise) returns the logits (m, B, classes) of
+# f(x + noise_i). Noise is an argument since an attack and the loss that follows it see the same draws.
 # ----------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, targets, smoothing=0.0):
+    """mean_i CE(f(x + e_i), y) over the m copies and the images (Cohen et al. 2019): training with noise.
+
+    logits (m, B, classes), targets (B, classes); smoothing is that of the labels.
+    """
+    every, target = logits.flatten(0, 1), targets.repeat(len(logits), 1)             # mB classes, mB classes
+    return F.cross_entropy(every, target, label_smoothing=smoothing)
+
+
+def log_smoothed(logits):
+    """log F (B, classes), F = mean_i softmax(f(x + e_i)) the smoothed scores; logits (m, B, classes)."""
+    return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
 
 
 def consistency_loss(logits, lam, eta):
@@ -339,28 +446,160 @@ def consistency_loss(logits, lam, eta):
     of them.
     """
     log_each = logits.log_softmax(dim=-1)                                            # m B classes
-    log_mean = log_each.logsumexp(dim=0) - math.log(len(logits))                     # B classes
+    log_mean = log_smoothed(logits)                                                  # B classes
     mean = log_mean.exp()                                                            # B classes
     divergence = (mean * (log_mean - log_each)).sum(dim=-1).mean()
     entropy = -(mean * log_mean).sum(dim=-1).mean()
     return lam * divergence + eta * entropy
 
 
-def classification_loss(network, images, targets, args):
-    """Cross-entropy on m noisy copies of images (B, C, H, W) in [0, 1], and the consistency between them.
+def norms(images):
+    """The L2 norm of each image, (B, 1, 1, 1)."""
+    return images.flatten(1).norm(dim=1)[:, None, None, None]
 
-    targets (B, classes) are shares of classes. The noise is drawn here, after everything else: mixup of
-    noisy images would scale it by sqrt(l^2 + (1 - l)^2).
+
+def ascend(logits_of, x, targets, noise, step, steps, eps=math.inf):
+    """Adversarial images (B, C, H, W) against the smoothed scores: `steps` steps of L2 length `step` up J.
+
+    J(x') = -sum_c y_c log F_c(x') is the logarithm of a mean, not the mean of logarithms. After each step the
+    pixels are clipped to [0, 1], then the way from x is shortened to eps. SmoothAdv (Salman et al. 2019,
+    arXiv 1906.04584): step = 2 eps / steps; SmoothMix (Jeong et al. 2021, arXiv 2111.09277): no eps. Where
+    the gradient is zero, the direction is that of the first noise.
     """
-    copies = 2 if args.consistency else 1
-    images = repeat(images, "b c h w -> (m b) c h w", m=copies)
-    noisy = images + args.sigma * torch.randn_like(images)                           # mB C H W
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-        logits = rearrange(network(noisy), "(m b) k -> m b k", m=copies)             # m B classes
-    every, target = logits.flatten(0, 1), targets.repeat(copies, 1)                  # mB classes, mB classes
-    loss = F.cross_entropy(every, target, label_smoothing=args.label_smoothing)
+    adversarial = x
+    for _ in range(steps):
+        adversarial = adversarial.detach().requires_grad_()
+        loss = -(targets * log_smoothed(logits_of(adversarial, noise))).sum()
+        (gradient,) = torch.autograd.grad(loss, adversarial)                         # B C H W
+        direction = torch.where(norms(gradient) > 0, gradient, noise[0])
+        direction = direction / norms(direction).clamp(min=torch.finfo(x.dtype).tiny)
+        way = (adversarial.detach() + step * direction).clamp(0, 1) - x
+        length = norms(way)
+        adversarial = x + way * torch.where(length > eps, eps / length, 1.0)
+    return adversarial.detach()
+
+
+def macer_loss(logits, targets, sigma, lam, beta, gamma):
+    """MACER (Zhai et al. 2020, arXiv 2001.02378): cross-entropy of smoothed scores, a hinge on the radius.
+
+        -log F_y + lam sigma/2 max(gamma - xi, 0) [z is right],    xi = Phi^-1(z_y) - Phi^-1(max_{c != y} z_c)
+
+    z = mean_i softmax(beta f(x + e_i)) are scores at a lower temperature, so that sigma xi / 2 is nearly the
+    certified radius. The mean is over all B images. logits (m, B, classes), targets (B, classes) one-hot.
+
+    z is kept 2^-24 away from 0 and 1, where Phi^-1 is infinite: xi is above any gamma of use there.
+    """
+    cross = -(targets * log_smoothed(logits)).sum(dim=-1)                            # B
+    z = log_smoothed(beta * logits).exp()                                            # B classes
+    label = targets.argmax(dim=-1, keepdim=True)                                     # B 1
+    right = z.argmax(dim=-1, keepdim=True) == label                                  # B 1
+    rival = z.scatter(-1, label, 0.0).amax(dim=-1, keepdim=True)                     # B 1
+    both = torch.cat([z.gather(-1, label), rival], dim=-1).clamp(2**-24, 1 - 2**-24)
+    quantiles = torch.special.ndtri(both)                                            # B 2
+    xi = quantiles[:, 0] - quantiles[:, 1]                                           # B
+    hinge = sigma / 2 * (gamma - xi).clamp(min=0) * right[:, 0]
+    return (cross + lam * hinge).mean()
+
+
+def smoothmix_loss(logits, logits_mixed, targets, mu, eta):
+    """SmoothMix (Jeong et al. 2021, arXiv 2111.09277): half-way to an adversarial image, f should be unsure.
+
+        eta mean_i KL(y_mix || softmax f(x_mix + e_i)) [F is right],   y_mix = (1 - mu) F(x) + mu / classes
+
+    x_mix = (1 - mu) x + mu x~ with x~ of ascend() and mu (B,) uniform in [0, 1/2]. logits and logits_mixed
+    (m, B, classes) are those of x and of x_mix under the same noise. Gradients reach F(x), too. The mean is
+    over all B images.
+    """
+    log_mean = log_smoothed(logits)                                                  # B classes
+    right = log_mean.argmax(dim=-1) == targets.argmax(dim=-1)                        # B
+    mu = mu[:, None]
+    mixed = (1 - mu) * log_mean.exp() + mu / logits.shape[-1]                        # B classes
+    log_mixed = mixed.clamp(min=torch.finfo(mixed.dtype).tiny).log()
+    divergence = (mixed * (log_mixed - logits_mixed.log_softmax(dim=-1))).sum(dim=-1)     # m B
+    return eta * (divergence.mean(dim=0) * right).mean()
+
+
+def noisy_logits(network, dtype):
+    """logits_of for the objectives: the network on x + noise, in bf16 if that is the dtype."""
+
+    def logits_of(x, noise):
+        noisy = rearrange(x + noise, "m b c h w -> (m b) c h w")
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            logits = network(noisy)
+        return rearrange(logits.to(x.dtype), "(m b) k -> m b k", m=len(noise))       # m B classes
+
+    return logits_of
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Inside, the model is in eval mode and its weights have no gradients: an attack moves images alone."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train()
+
+
+def attack(network, x, targets, noise, args, strength):
+    """The adversarial images of SmoothAdv or SmoothMix, x for other objectives.
+
+    The attack sees the model inside of DDP, so that no gradients are exchanged.
+    """
+    model = network.module if isinstance(network, DistributedDataParallel) else network
+    eps, step = math.inf, args.attack_step
+    if args.objective == "smoothadv":
+        eps = strength * args.attack_eps
+        step = 2 * eps / args.attack_steps
+    with frozen(model):
+        return ascend(noisy_logits(model, args.dtype), x, targets, noise, step, args.attack_steps, eps)
+
+
+def strength_of(objective, epoch, warmup):
+    """The share of an objective's eps (SmoothAdv), eta (SmoothMix) or lambda (MACER) in this epoch, from 0.
+
+    The first two rise in steps over the first `warmup` epochs; MACER's lambda is 0 until then.
+    """
+    if objective == "macer":
+        return float(epoch >= warmup)
+    return min(1.0, (math.floor(epoch) + 1) / warmup) if warmup else 1.0
+
+
+def classification_loss(network, x, targets, args, epoch):
+    """The objective of the arguments on images x (B, C, H, W) in [0, 1] and targets (B, classes).
+
+    The noise is drawn here, after everything else: mixup of noisy images would scale it by
+    sqrt(l^2 + (1 - l)^2). The network is called once, whatever the objective, so that DDP can follow.
+    """
+    noise = args.sigma * torch.randn(args.copies, *x.shape, device=x.device)         # m B C H W
+    strength = strength_of(args.objective, epoch, args.objective_warmup)
+    logits_of = noisy_logits(network, args.dtype)
+
+    if args.objective == "macer":
+        logits = logits_of(x, noise)                                                 # m B classes
+        lam = strength * args.macer_lambda
+        loss = macer_loss(logits, targets, args.sigma, lam, args.macer_beta, args.macer_gamma)
+    elif args.objective == "smoothmix":
+        adversarial = attack(network, x, targets, noise, args, strength)
+        mu = torch.rand(len(x), device=x.device) / 2                                 # B
+        mixed = torch.lerp(x, adversarial, mu[:, None, None, None])
+        both = logits_of(torch.cat([x, mixed]), torch.cat([noise, noise], dim=1))    # m 2B classes
+        logits, logits_mixed = both.chunk(2, dim=1)
+        loss = cross_entropy(logits, targets, args.label_smoothing)
+        loss = loss + smoothmix_loss(logits, logits_mixed, targets, mu, strength * args.smoothmix_eta)
+    else:
+        if args.objective == "smoothadv":
+            x = attack(network, x, targets, noise, args, strength)
+        logits = logits_of(x, noise)                                                 # m B classes
+        loss = cross_entropy(logits, targets, args.label_smoothing)
+
     if args.consistency:
-        loss = loss + consistency_loss(logits.float(), args.consistency, args.consistency_eta)
+        loss = loss + consistency_loss(logits, args.consistency, args.consistency_eta)
     return loss
 
 
@@ -560,7 +799,7 @@ def export(source, path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def train_step(network, optimizer, batches, mix, levels, micro_batches, args, step, rank):
+def train_step(network, optimizer, batches, mix, levels, micro_batches, args, step, epoch, rank):
     """One optimizer step on the mean loss of all micro-batches: (this process's share, gradient's norm)."""
     total = 0.0
     for micro in range(micro_batches):
@@ -568,7 +807,7 @@ def train_step(network, optimizer, batches, mix, levels, micro_batches, args, st
         torch.manual_seed(seed_of(args.seed, step, micro, rank))
         images, targets = mix(pixels / levels, labels)                               # B C H W, B classes
         with accumulating(network, more_to_come=micro < micro_batches - 1):
-            loss = classification_loss(network, images, targets, args)
+            loss = classification_loss(network, images, targets, args, epoch)
             (loss / micro_batches).backward()
         total = total + loss.detach() / micro_batches
     norm = clip_gradients(network, args.clip_grad)
@@ -625,7 +864,7 @@ def finetune(args):
 
     if args.dry_run:
         say(json.dumps(settings, indent=1))
-        train_step(network, optimizer, batches_of(0, 1), mix, images.levels, micro_batches, args, 0, rank)
+        train_step(network, optimizer, batches_of(0, 1), mix, images.levels, micro_batches, args, 0, 0, rank)
         return
 
     with run_directory(files.stem, settings, MAY_CHANGE, files.result, args.overwrite):
@@ -642,7 +881,8 @@ def finetune(args):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             loss, norm = train_step(
-                network, optimizer, batches, mix, images.levels, micro_batches, args, step, rank
+                network, optimizer, batches, mix, images.levels, micro_batches, args, step,
+                step / steps_per_epoch, rank,
             )
             total += loss
             counted += 1

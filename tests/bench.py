@@ -165,7 +165,7 @@ def cost(recipe, stage, dtype="bf16", batch=None):
         else:
             model = build_vit(args.model, classes, image_size=size, drop_path=args.drop_path)
             targets = torch.rand(batch, classes)
-            loss_of_batch = lambda: finetune.classification_loss(model, images, targets, args)
+            loss_of_batch = lambda: finetune.classification_loss(model, images, targets, args, 0)
         (loss, activations), forward = count_flops(lambda: activations_of(loss_of_batch, model))
         _, backward = count_flops(loss.backward)
         weights = sum(parameter.numel() * (16 if parameter.requires_grad else 4) for parameter in model.parameters()) / 2**30

@@ -786,7 +786,7 @@ def share_of_global_noise(images, patches, *position, real=pretrain.draw_corrupt
 
 
 def five_steps(out, folder):
-    """Into folders of `out`, in float64: pre-training, the same with accumulation, fine-tuning; and a batch of no use."""
+    """Into folders of `out`, in float64: pre-training, with accumulation, too; two fine-tunings; and a batch of no use."""
     torch.set_default_dtype(torch.float64)
     pretrain.draw_corruption = share_of_global_noise
     common = ["--device", "cpu", "--dataset", "folder", "--data-path", str(folder), "--seed", str(SEED), "--batch", str(BATCH),
@@ -795,6 +795,8 @@ def five_steps(out, folder):
     pretrain.main([*common, "--out", f"{out}/plain"])
     pretrain.main([*common, "--device-batch", "16", "--out", f"{out}/accumulated"])
     finetune.main([*common, *tune, "--device-batch", "16", "--out", f"{out}/finetuned"])
+    finetune.main([*common, *tune, "--device-batch", "16", "--objective", "smoothadv", "--attack-eps", "0.3",
+                   "--out", f"{out}/attacked"])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for stage, more in ((pretrain, []), (finetune, tune)):
             try:
@@ -814,7 +816,7 @@ def test_several_processes_train_as_one_with_the_same_batch(monkeypatch, undrawn
         torch.set_default_dtype(torch.float32)
     output = workers.communicate(timeout=300)[0]
     assert workers.returncode == 0, output
-    for name in ("plain/pretrain", "accumulated/pretrain", "finetuned/finetune_sigma_0"):
+    for name in ("plain/pretrain", "accumulated/pretrain", "finetuned/finetune_sigma_0", "attacked/finetune_sigma_0"):
         one, many = (torch.load(tmp_path / which / f"{name}.pt", weights_only=True) for which in ("one", "many"))
         assert one["step"] == 5 and one["model"].keys() == many["model"].keys()
         for key, value in one["model"].items():
