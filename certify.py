@@ -38,6 +38,7 @@ import dataclasses
 import functools
 import gc
 import glob
+import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -101,8 +102,17 @@ IMAGENET = dict(                    # as in the paper
     skip=50,
     radii=(0.0, 0.5, 1.0, 1.5, 2.0, 3.0),
 )
+FASHION = dict(
+    ANY,
+    dataset="fashion-mnist",
+    n=10_000,
+    skip=20,
+    radii=(0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0),
+)
 RECIPES = {                         # by the recipe with which the checkpoint was made
     "digits": dict(ANY, n=10_000, skip=3, radii=(0.0, 0.25, 0.5, 0.75)),
+    "fashion": FASHION,
+    "mnist": dict(FASHION, dataset="mnist"),
     "cifar10": dict(ANY, dataset="cifar10", skip=20),                  # every 20th, as Cohen
     "cifar10-transfer": dict(ANY, dataset="cifar10"),                  # all, as in the paper
     "imagenet-base": IMAGENET,
@@ -110,7 +120,13 @@ RECIPES = {                         # by the recipe with which the checkpoint wa
     "imagenet-huge": IMAGENET,
     "other": ANY,
 }
-SHAPES = {"digits": (8, 1), "cifar10": (32, 3), "folder": (224, 3)}    # (size, channels), for --classifier
+SHAPES = {                          # (size, channels), for --classifier
+    "digits": (8, 1),
+    "mnist": (28, 1),
+    "fashion-mnist": (28, 1),
+    "cifar10": (32, 3),
+    "folder": (224, 3),
+}
 MAY_CHANGE = {"data_path", "out", "checkpoint", "classifier", "overwrite"}     # when a run is continued
 
 
@@ -1396,7 +1412,8 @@ def main(argv=None):
 # The same in pretrain.py, finetune.py and certify.py: errors, flags, processes, files, data sets
 # ==========================================================================================================
 
-DATASETS = ("digits", "cifar10", "folder")
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "folder")
+DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"                   # of the package dataset-fashion-mnist
 
 
 class RunError(Exception):
@@ -1618,6 +1635,7 @@ def open_images(dataset, data_path, train, size, channels):
     """The training or the test images of a data set.
 
     digits: scikit-learn's, 8 x 8, 0 to 16. The last 360, by other writers, are the test images.
+    mnist, fashion-mnist: torchvision's, in data_path; downloaded if need be. (Fashion: or Debian's files.)
     cifar10: torchvision's, in data_path; downloaded if need be.
     folder: a folder for each class in data_path/train and in data_path/val or /test.
     """
@@ -1629,6 +1647,10 @@ def open_images(dataset, data_path, train, size, channels):
         pixels = torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None]
         labels = torch.as_tensor(digits.target[part]).long()
         images = Images(labels, [str(name) for name in digits.target_names], 8, 1, 16, pixels=pixels)
+
+    elif dataset in ("mnist", "fashion-mnist"):
+        pixels, labels, classes = open_mnist(dataset, data_path, train)
+        images = Images(labels, classes, 28, 1, 255, pixels=pixels[:, None])
 
     elif dataset == "cifar10":
         from torchvision.datasets import CIFAR10
@@ -1658,6 +1680,44 @@ def open_images(dataset, data_path, train, size, channels):
             f"{dataset} has images of {images.channels} x {images.size} x {images.size}, the model takes "
             f"{channels} x {size} x {size}")
     return images
+
+
+def open_mnist(dataset, data_path, train):
+    """(pixels (M, 28, 28), labels (M,), classes) of MNIST or Fashion-MNIST."""
+    from torchvision.datasets import MNIST, FashionMNIST
+
+    require(data_path, f"--dataset {dataset} needs a --data-path")
+    fashion = dataset == "fashion-mnist"
+    source = FashionMNIST if fashion else MNIST
+    folder = Path(data_path, source.__name__, "raw")
+    if fashion and not any(folder.glob("*-ubyte")) and os.path.isdir(DEBIAN_FASHION):
+        part = f"{DEBIAN_FASHION}/{'train' if train else 't10k'}"
+        pixels = read_idx(f"{part}-images-idx3-ubyte.gz")
+        labels = read_idx(f"{part}-labels-idx1-ubyte.gz").long()
+        say(f"{folder} is empty: {len(labels):,} images are read from {part}-*.gz")
+        return pixels, labels, source.classes
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(RuntimeError, OSError):               # then the files are missing: see below
+            source(data_path, download=True)
+    gather([0])                                                        # the others wait for the files
+    try:
+        part = source(data_path, train=train)
+    except RuntimeError:
+        debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
+        raise ValueError(f"{folder} lacks {dataset}, and the download failed: run this once where there is a "
+                         f"network, and bring the folder here{debian}") from None
+    return part.data, part.targets, source.classes
+
+
+def read_idx(file):
+    """The array of bytes in a gzipped file of MNIST's format: its shape in big-endian words, then content."""
+    with gzip.open(file) as stream:
+        content = stream.read()
+    axes = content[3]
+    shape = np.frombuffer(content, ">i4", axes, offset=4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
+    return torch.from_numpy(values.reshape(shape).copy())
 
 
 def open_picture(file, channels):

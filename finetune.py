@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -111,6 +112,33 @@ PAPER = dict(                              # section 4.2 and appendix: ImageNet,
     log_every=20,                          # steps
     save_every=500,                        # steps
 )
+FASHION = dict(                            # ours: a small ViT on two CPU cores
+    dataset="fashion-mnist",
+    data_path="data",
+    model="vit_fashion",
+    image_size=28,
+    normalisation="fashion-mnist",
+    holdout=0.05,
+    augment="shift-flip",                  # by up to three pixels
+    erasing=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    label_smoothing=0.1,
+    consistency=2.0,
+    consistency_eta=None,
+    epochs=20,
+    warmup_epochs=2,
+    batch=256,
+    device_batch=256,
+    base_lr=1e-3,
+    min_lr=1e-6,
+    layer_decay=0.75,
+    weight_decay=0.05,
+    drop_path=0.1,
+    vote_every=10,
+    log_every=50,
+    save_every=500,
+)
 RECIPES = {
     "digits": dict(                        # ours, chosen on held-out training images
         dataset="digits",
@@ -139,6 +167,8 @@ RECIPES = {
         log_every=50,
         save_every=200,
     ),
+    "fashion": FASHION,
+    "mnist": dict(FASHION, dataset="mnist", normalisation="mnist", augment="shift"),
     "cifar10": dict(                       # ours: a small ViT on one GPU
         dataset="cifar10",
         data_path="data",
@@ -220,6 +250,8 @@ PROBE = dict(                        # the linear probe, section 4.4 and appendi
 )
 PROBES = {                                 # of recipes other than ImageNet's
     "digits": dict(PROBE, augment="none", epochs=60, warmup_epochs=5, batch=128, base_lr=20.0),
+    "fashion": dict(PROBE, augment="shift-flip", epochs=20, warmup_epochs=2, batch=1024),
+    "mnist": dict(PROBE, augment="shift", epochs=20, warmup_epochs=2, batch=1024),
     "cifar10": dict(PROBE, augment="shift-flip", epochs=50, batch=1024),
     "cifar10-transfer": dict(PROBE, augment="flip", epochs=50, batch=1024),
 }
@@ -1238,7 +1270,8 @@ def copy_of_weights(model):
 # The same in pretrain.py, finetune.py and certify.py: errors, flags, processes, files, data sets
 # ==========================================================================================================
 
-DATASETS = ("digits", "cifar10", "folder")
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "folder")
+DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"                   # of the package dataset-fashion-mnist
 
 
 class RunError(Exception):
@@ -1460,6 +1493,7 @@ def open_images(dataset, data_path, train, size, channels):
     """The training or the test images of a data set.
 
     digits: scikit-learn's, 8 x 8, 0 to 16. The last 360, by other writers, are the test images.
+    mnist, fashion-mnist: torchvision's, in data_path; downloaded if need be. (Fashion: or Debian's files.)
     cifar10: torchvision's, in data_path; downloaded if need be.
     folder: a folder for each class in data_path/train and in data_path/val or /test.
     """
@@ -1471,6 +1505,10 @@ def open_images(dataset, data_path, train, size, channels):
         pixels = torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None]
         labels = torch.as_tensor(digits.target[part]).long()
         images = Images(labels, [str(name) for name in digits.target_names], 8, 1, 16, pixels=pixels)
+
+    elif dataset in ("mnist", "fashion-mnist"):
+        pixels, labels, classes = open_mnist(dataset, data_path, train)
+        images = Images(labels, classes, 28, 1, 255, pixels=pixels[:, None])
 
     elif dataset == "cifar10":
         from torchvision.datasets import CIFAR10
@@ -1500,6 +1538,44 @@ def open_images(dataset, data_path, train, size, channels):
             f"{dataset} has images of {images.channels} x {images.size} x {images.size}, the model takes "
             f"{channels} x {size} x {size}")
     return images
+
+
+def open_mnist(dataset, data_path, train):
+    """(pixels (M, 28, 28), labels (M,), classes) of MNIST or Fashion-MNIST."""
+    from torchvision.datasets import MNIST, FashionMNIST
+
+    require(data_path, f"--dataset {dataset} needs a --data-path")
+    fashion = dataset == "fashion-mnist"
+    source = FashionMNIST if fashion else MNIST
+    folder = Path(data_path, source.__name__, "raw")
+    if fashion and not any(folder.glob("*-ubyte")) and os.path.isdir(DEBIAN_FASHION):
+        part = f"{DEBIAN_FASHION}/{'train' if train else 't10k'}"
+        pixels = read_idx(f"{part}-images-idx3-ubyte.gz")
+        labels = read_idx(f"{part}-labels-idx1-ubyte.gz").long()
+        say(f"{folder} is empty: {len(labels):,} images are read from {part}-*.gz")
+        return pixels, labels, source.classes
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(RuntimeError, OSError):               # then the files are missing: see below
+            source(data_path, download=True)
+    gather([0])                                                        # the others wait for the files
+    try:
+        part = source(data_path, train=train)
+    except RuntimeError:
+        debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
+        raise ValueError(f"{folder} lacks {dataset}, and the download failed: run this once where there is a "
+                         f"network, and bring the folder here{debian}") from None
+    return part.data, part.targets, source.classes
+
+
+def read_idx(file):
+    """The array of bytes in a gzipped file of MNIST's format: its shape in big-endian words, then content."""
+    with gzip.open(file) as stream:
+        content = stream.read()
+    axes = content[3]
+    shape = np.frombuffer(content, ">i4", axes, offset=4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
+    return torch.from_numpy(values.reshape(shape).copy())
 
 
 def open_picture(file, channels):

@@ -38,6 +38,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 NORMALISATION = {                                  # mean and standard deviation of training pixels in [0, 1]
     "digits": dict(mean=(0.3054,), std=(0.3755,)),
+    "mnist": dict(mean=(0.1307,), std=(0.3081,)),
+    "fashion-mnist": dict(mean=(0.2860,), std=(0.3530,)),
     "cifar10": dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)),
     "imagenet": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
@@ -338,6 +340,10 @@ SIZES = {
     "vit_digits": dict(
         image_size=8, patch_size=2, channels=1, dim=64, depth=3, heads=2, mlp_ratio=2.0,
         decoder_dim=32, decoder_depth=1, decoder_heads=2,
+    ),
+    "vit_fashion": dict(
+        image_size=28, patch_size=4, channels=1, dim=128, depth=6, heads=4,
+        decoder_dim=64, decoder_depth=1, decoder_heads=2,
     ),
     "vit_cifar_tiny": dict(
         image_size=32, patch_size=4, channels=3, dim=128, depth=4, heads=4,

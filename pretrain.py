@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -88,6 +89,27 @@ PAPER = dict(                              # section 4.1 and appendix: ImageNet
     log_every=5,                           # steps
     save_every=100,                        # steps
 )
+FASHION = dict(                            # ours: a small ViT on two CPU cores
+    dataset="fashion-mnist",
+    data_path="data",
+    model="vit_fashion",
+    image_size=28,
+    normalisation="fashion-mnist",
+    holdout=0.05,
+    augment="shift-flip",                  # by up to three pixels
+    sigma=0.25,
+    mask_ratio=0.5,
+    loss_on="all",
+    norm_pix=False,
+    batch=256,
+    device_batch=256,
+    epochs=30,
+    warmup_epochs=2,
+    base_lr=1e-3,
+    weight_decay=0.05,
+    log_every=50,
+    save_every=500,
+)
 RECIPES = {
     "digits": dict(                        # ours, chosen on held-out training images
         dataset="digits",
@@ -110,6 +132,8 @@ RECIPES = {
         log_every=50,
         save_every=500,
     ),
+    "fashion": FASHION,
+    "mnist": dict(FASHION, dataset="mnist", normalisation="mnist", augment="shift"),
     "cifar10": dict(                       # ours: a small ViT from nothing on one GPU
         dataset="cifar10",
         data_path="data",
@@ -730,7 +754,8 @@ def copy_of_weights(model):
 # The same in pretrain.py, finetune.py and certify.py: errors, flags, processes, files, data sets
 # ==========================================================================================================
 
-DATASETS = ("digits", "cifar10", "folder")
+DATASETS = ("digits", "mnist", "fashion-mnist", "cifar10", "folder")
+DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"                   # of the package dataset-fashion-mnist
 
 
 class RunError(Exception):
@@ -952,6 +977,7 @@ def open_images(dataset, data_path, train, size, channels):
     """The training or the test images of a data set.
 
     digits: scikit-learn's, 8 x 8, 0 to 16. The last 360, by other writers, are the test images.
+    mnist, fashion-mnist: torchvision's, in data_path; downloaded if need be. (Fashion: or Debian's files.)
     cifar10: torchvision's, in data_path; downloaded if need be.
     folder: a folder for each class in data_path/train and in data_path/val or /test.
     """
@@ -963,6 +989,10 @@ def open_images(dataset, data_path, train, size, channels):
         pixels = torch.as_tensor(digits.images[part], dtype=torch.uint8)[:, None]
         labels = torch.as_tensor(digits.target[part]).long()
         images = Images(labels, [str(name) for name in digits.target_names], 8, 1, 16, pixels=pixels)
+
+    elif dataset in ("mnist", "fashion-mnist"):
+        pixels, labels, classes = open_mnist(dataset, data_path, train)
+        images = Images(labels, classes, 28, 1, 255, pixels=pixels[:, None])
 
     elif dataset == "cifar10":
         from torchvision.datasets import CIFAR10
@@ -992,6 +1022,44 @@ def open_images(dataset, data_path, train, size, channels):
             f"{dataset} has images of {images.channels} x {images.size} x {images.size}, the model takes "
             f"{channels} x {size} x {size}")
     return images
+
+
+def open_mnist(dataset, data_path, train):
+    """(pixels (M, 28, 28), labels (M,), classes) of MNIST or Fashion-MNIST."""
+    from torchvision.datasets import MNIST, FashionMNIST
+
+    require(data_path, f"--dataset {dataset} needs a --data-path")
+    fashion = dataset == "fashion-mnist"
+    source = FashionMNIST if fashion else MNIST
+    folder = Path(data_path, source.__name__, "raw")
+    if fashion and not any(folder.glob("*-ubyte")) and os.path.isdir(DEBIAN_FASHION):
+        part = f"{DEBIAN_FASHION}/{'train' if train else 't10k'}"
+        pixels = read_idx(f"{part}-images-idx3-ubyte.gz")
+        labels = read_idx(f"{part}-labels-idx1-ubyte.gz").long()
+        say(f"{folder} is empty: {len(labels):,} images are read from {part}-*.gz")
+        return pixels, labels, source.classes
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(RuntimeError, OSError):               # then the files are missing: see below
+            source(data_path, download=True)
+    gather([0])                                                        # the others wait for the files
+    try:
+        part = source(data_path, train=train)
+    except RuntimeError:
+        debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
+        raise ValueError(f"{folder} lacks {dataset}, and the download failed: run this once where there is a "
+                         f"network, and bring the folder here{debian}") from None
+    return part.data, part.targets, source.classes
+
+
+def read_idx(file):
+    """The array of bytes in a gzipped file of MNIST's format: its shape in big-endian words, then content."""
+    with gzip.open(file) as stream:
+        content = stream.read()
+    axes = content[3]
+    shape = np.frombuffer(content, ">i4", axes, offset=4)
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
+    return torch.from_numpy(values.reshape(shape).copy())
 
 
 def open_picture(file, channels):

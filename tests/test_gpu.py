@@ -38,6 +38,12 @@ FINETUNE = [*SHORT, "--epochs", "2", "--vote-every", "2", "--sigma", "0.25", "--
 CERTIFY = ["--sigma", "0.25", "--n", "2000", "--skip", "30", "--device", DEVICE]
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """Else, after eight variants of a network, torch would run the next ones uncompiled."""
+    torch.compiler.reset()
+
+
 def losses(log):
     """{step: loss} of a training log."""
     return {row["step"]: row["loss"] for row in rows(log) if "loss" in row}
@@ -104,6 +110,7 @@ def defaults(tmp_path_factory, tiny_run):
 
 def test_by_default_all_stages_are_compiled_and_run_in_bf16(defaults):
     out, _, _, compiled = defaults
+    assert pretrain.start_processes("auto")[2].type == DEVICE
     for settings in ("pretrain/pretrain.json", "finetune/finetune_sigma_0.25.json", "certify/certify_sigma_0.25.json"):
         assert json.loads((out / "alone" / settings).read_text())["dtype"] == "bf16"
     assert compiled == ["DenoisingMaskedAutoencoder", "VisionTransformer", "VisionTransformer"]
