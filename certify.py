@@ -6,13 +6,15 @@
     python certify.py --sigma 0.5 --recipe cifar10 --shard 0/16      # one job of an array of 16
     python certify.py --sigma 0.5 --recipe cifar10 --sequential      # same guarantee, a fraction of the draws
     python certify.py --sigma 0.5 --classifier mine.py:f --dataset cifar10 --data-path data  # any network
+    python certify.py --sigma 0.5 --checkpoint a.pt b.pt c.pt --consensus 2 --out runs/three  # an ensemble
+    python certify.py --sigma 0.5 --denoiser pretrain.pt --checkpoint clean.pt --out runs/denoised
     python certify.py --report runs/*/certify_sigma_*.tsv --plot curves.png --published cifar10
 
     from certify import certify
     for index, x in enumerate(images):                                                       # x: (C, H, W)
         prediction, radius = certify(classifier, x, sigma=0.25, n0=100, n=100_000, alpha=0.001, index=index)
 
-This file works alone: only for checkpoints of finetune.py it needs model.py beside it.
+This file works alone: only for checkpoints of pretrain.py and finetune.py it needs model.py beside it.
 
 (torchrun's own flags end at the --: it would take --n for one of them.)
 
@@ -70,6 +72,8 @@ CHUNK = 100                # noise is always drawn for so many copies at once: o
 
 DEFAULTS = dict(                    # what no recipe changes
     classifier=None,
+    consensus=0,                    # the mean of all logits
+    denoiser=None,
     n0=100,                         # noisy copies that select the class
     alpha=0.001,                    # chance that an image's certificate is wrong
     seed=0,
@@ -127,7 +131,7 @@ SHAPES = {                          # (size, channels), for --classifier
     "cifar10": (32, 3),
     "folder": (224, 3),
 }
-MAY_CHANGE = {"data_path", "out", "checkpoint", "classifier", "overwrite"}     # when a run is continued
+MAY_CHANGE = {"data_path", "out", "checkpoint", "classifier", "denoiser", "overwrite"}    # in a continued run
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,6 +151,9 @@ def parse(argv):
                         help="fine-tuned classifier; the logits of several are averaged")
     parser.add_argument("--classifier",
                         help="FILE.py:NAME, a callable from (B, C, H, W) in [0, 1] to logits, instead")
+    parser.add_argument("--consensus", type=number(int, least=0),
+                        help="K: where the first K checkpoints agree, spare the others; 0: always average")
+    parser.add_argument("--denoiser", help="checkpoint of pretrain.py that denoises what is classified")
     parser.add_argument("--recipe", choices=RECIPES, help="data set, n, radii")
     parser.add_argument("--dataset", choices=DATASETS)
     parser.add_argument("--data-path", help="where the data set lies")
@@ -196,7 +203,7 @@ def parse(argv):
     files = []
     if "classifier" not in given:
         files = given.get("checkpoint", [f"{out}/finetune_sigma_{sigma:g}.pt"])
-    checkpoints = read_classifiers(files, sigma, given.get("any_sigma", False))
+    checkpoints = read_classifiers(files, sigma, given.get("any_sigma", False), "denoiser" in given)
     data, recipe = {}, "other" if "classifier" in given else "digits"
     if checkpoints:
         data = checkpoints[0]["data"]
@@ -218,23 +225,32 @@ def parse(argv):
     return args, checkpoints
 
 
-def read_classifiers(files, sigma, any_sigma):
-    """The checkpoints of finetune.py in `files`; they must be for this sigma and for the same images."""
-    if not files:
-        return []
+def read_ours(file, stage, wanted):
+    """The checkpoint of that stage in `file`; "data", about its images, has all that is wanted."""
     try:
         from model import read_checkpoint
     except ModuleNotFoundError as error:
         if error.name != "model":
             raise
         raise ValueError("checkpoints need model.py beside certify.py; or name a --classifier") from None
+    checkpoint = read_checkpoint(file, stage)
+    data = checkpoint["data"]
+    require(isinstance(data, dict) and {*wanted} <= data.keys(), f"{file} names no data set")
+    return checkpoint
+
+
+def read_classifiers(files, sigma, any_sigma, denoised=False):
+    """The checkpoints of finetune.py in `files`; they must be for this sigma and for the same images.
+
+    What is denoised before may go to a classifier of clean images, too.
+    """
     wanted = ("dataset", "image_size", "channels", "classes")
-    checkpoints = [read_checkpoint(file, "finetune") for file in files]
-    first = checkpoints[0]["data"]
+    checkpoints = [read_ours(file, "finetune", wanted) for file in files]
+    may_be = {sigma, 0} if denoised else {sigma}
     for file, checkpoint in zip(files, checkpoints, strict=True):
         data, tuned = checkpoint["data"], checkpoint.get("sigma")
-        require(isinstance(data, dict) and {*wanted} <= data.keys(), f"{file} names no data set")
-        require(any_sigma or tuned == sigma,
+        first = checkpoints[0]["data"]
+        require(any_sigma or tuned in may_be,
                 f"{file} was fine-tuned for sigma {tuned}, not {sigma:g}: certify at that, or --any-sigma")
         other = [key for key in wanted if data[key] != first[key]]
         require(not other, f"{file} and {files[0]} differ in {', '.join(other)}")
@@ -247,6 +263,8 @@ def check(args):
     require(shard and int(shard[1]) < int(shard[2]),
             f"--shard must be I/K with I from 0 to K - 1, not {args.shard}")
     check_batch(args.batch or CHUNK)
+    require(args.consensus <= len(args.checkpoint),
+            f"--consensus {args.consensus} needs so many --checkpoint files, not {len(args.checkpoint)}")
     last_alpha = args.alpha / 2 if args.sequential else args.alpha
     last_alpha = last_alpha / 2 if args.bound == "two-sided" else last_alpha
     most = certified_radius(lower_confidence_bound(args.n, args.n, last_alpha), args.sigma)
@@ -1137,21 +1155,173 @@ def report(args):
 # ----------------------------------------------------------------------------------------------------------
 
 
+class Consensus:
+    """K-consensus of an ensemble: where its first K networks agree, the others are not asked.
+
+        f(z) = c                              if argmax F_1(z) = ... = argmax F_K(z) = c
+        f(z) = argmax (F_1(z) + ... + F_k(z))    elsewhere
+
+    F_l are the logits of network l of k. The theorem holds for it as for any function f; but it is another
+    function than the mean of all. (Horvath et al. 2022, arXiv 2106.06946.)
+
+        f = Consensus([net1, net2, net3], 2)
+        logits = f(z)                                                  # (B, C, H, W) -> (B, classes)
+
+    Where they agree the logits are network 1's, exactly. The copies in dispute go through the others `pack`
+    at a time, the last batch padded: each network sees batches of one shape alone, so what a copy gets does
+    not depend on which others are in dispute.
+    """
+
+    def __init__(self, networks, first, pack=CHUNK // 4):
+        require(1 <= first <= len(networks), f"no consensus of {first} among {len(networks)} networks")
+        self.first = networks[:first]
+        self.others = networks[first:]
+        self.pack = pack
+        self.done = 0                                                  # copies x networks, with the padding
+        self.most = 0                                                  # what asking all would have taken
+
+    def __call__(self, x):
+        logits = torch.stack([network(x) for network in self.first])                 # K B classes
+        largest, answers = logits.max(dim=2)                                         # K B, K B
+        agree = (answers == answers[0]) & largest.isfinite()                         # K B
+        disputed = (~agree.all(dim=0)).nonzero().flatten()                           # D
+
+        result = logits[0].clone()                                                   # B classes
+        pack = min(self.pack, len(x))
+        for copies in disputed.split(pack) if len(disputed) else ():
+            padded = torch.nn.functional.pad(copies, (0, pack - len(copies)))        # copy 0 fills it up
+            votes = [*logits[:, padded], *(network(x[padded]) for network in self.others)]
+            result[copies] = sum(votes)[:len(copies)]
+            self.done += pack * len(self.others)
+
+        self.done += len(x) * len(self.first)
+        self.most += len(x) * (len(self.first) + len(self.others))
+        return result
+
+
+def denoise(dmae, z):
+    """D(z): noisy images (B, C, S, S) to clean ones in [0, 1], by DMAE with no patch dropped.
+
+        f(z) = argmax_c F(D(z))_c,    D(z) = clip(mean + std * decode(encode(z)))
+
+    So a classifier F of clean images becomes a base classifier f for noisy ones; the certificate is about the
+    pixels of z. (Denoised smoothing: Salman et al. 2020, arXiv 2003.01908; with a diffusion model: Carlini et
+    al. 2023, arXiv 2206.10550. Here the denoiser is the autoencoder of Wu et al. 2023, arXiv 2210.06983.)
+
+    dmae: model.DenoisingMaskedAutoencoder, trained without norm-pix: with it, the prediction lacks each
+    patch's mean and variance. It may work at another size than S; the result has size S.
+    """
+    from model import unpatchify
+
+    patches = math.prod(dmae.grid)
+    in_order = torch.arange(patches, device=z.device).expand(len(z), -1)             # B N
+    latent, restore, _ = dmae.encode(z, mask_ratio=0.0, mask_noise=in_order)
+    prediction = dmae.decode(latent, restore)                                        # B N P*P*C
+    images = unpatchify(prediction, dmae.patch_size, dmae.grid) * dmae.std + dmae.mean
+    if images.shape != z.shape:
+        images = torch.nn.functional.interpolate(images, z.shape[-2:], mode="bicubic", antialias=True)
+    return images.clamp(0, 1)                                                        # B C S S
+
+
+def diffusion_step(sigma, abar):
+    """(t, scale): the step of a diffusion whose noise is that of z = x + sigma N(0, I), x in [0, 1].
+
+    A diffusion takes images 2x - 1 in [-1, 1] to x_t = sqrt(abar_t) (2x - 1) + sqrt(1 - abar_t) N(0, I). In
+    those units z has noise 2 sigma, so t is the smallest with
+
+        sqrt((1 - abar_t) / abar_t) >= 2 sigma
+
+    and scale = sqrt(abar_t). abar (T,): the schedule's cumulative products of 1 - beta, falling; t counts
+    from 0. (Carlini et al. 2023, arXiv 2206.10550.)
+    """
+    abar = torch.as_tensor(abar, dtype=torch.float64)
+    noise = ((1 - abar) / abar).sqrt()                                               # T
+    enough = noise >= 2 * sigma
+    require(enough.any(), f"sigma {sigma:g} is above the schedule's largest, {float(noise.max()) / 2:g}")
+    t = int(enough.nonzero()[0])
+    return t, float(abar[t].sqrt())
+
+
+def denoise_by_diffusion(model, z, sigma, abar):
+    """Noisy images z (B, C, H, W) = x + sigma N(0, I) to clean ones in [0, 1], by one step of a diffusion.
+
+        x_t = sqrt(abar_t) (2z - 1)
+        x_0 = clip((x_t - sqrt(1 - abar_t) model(x_t, t)) / sqrt(abar_t))            then (x_0 + 1) / 2
+
+    with t and sqrt(abar_t) of diffusion_step. model: any callable (x_t, t (B,)) -> the predicted noise.
+    (Carlini et al. 2023, arXiv 2206.10550.)
+
+    The noise in z, 2 sigma in those units, is a little below that of step t. None is added to make up for it:
+    the model sees slightly less noise than it is told. So f is a deterministic function of z, and the
+    certificate at sigma holds, as it does for any f. A file for --classifier:
+
+        # mine.py, for: certify.py --sigma 0.5 --classifier mine.py:f --dataset cifar10 --data-path data
+        from certify import denoise_by_diffusion
+        unet, vit, abar = ...                                          # yours
+        def f(z):
+            return vit(denoise_by_diffusion(unet, z, 0.5, abar))
+
+    A model that predicts a variance, too, is cut: lambda x_t, t: unet(x_t, t)[:, :3].
+    """
+    t, scale = diffusion_step(sigma, abar)
+    x_t = scale * (2 * z - 1)
+    noise = model(x_t, torch.full((len(z),), t, device=z.device))
+    x_0 = (x_t - math.sqrt(1 - scale**2) * noise) / scale
+    return (x_0.clamp(-1, 1) + 1) / 2
+
+
+class BaseClassifier:
+    """f as it is run: (B, C, H, W) in [0, 1] -> logits (B, classes), in the precision of `dtype`.
+
+    denoise: what is done to the images before, or None. networks: their logits are added, which decides as
+    their mean does; or their consensus of so many decides.
+    """
+
+    def __init__(self, networks, denoise, consensus, device, dtype):
+        self.networks = networks
+        self.denoise = denoise
+        self.consensus = Consensus(networks, consensus) if consensus else None
+        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, dtype == "bf16")
+
+    def __call__(self, x):
+        with self.autocast():
+            if self.denoise:
+                x = self.denoise(x)
+            if self.consensus:
+                return self.consensus(x)
+            return sum(logits_of(network(x), len(x)) for network in self.networks)
+
+
 def open_classifier(args, checkpoints, device):
-    """The base classifier f of the arguments: (B, C, H, W) in [0, 1] -> logits (B, classes)."""
+    """The base classifier f of the arguments."""
     if args.classifier:
-        models = [load_callable(args.classifier, device)]
+        networks = [load_callable(args.classifier, device)]
     else:
-        models = [rebuild(*pair).to(device).eval() for pair in zip(checkpoints, args.checkpoint, strict=True)]
+        pairs = zip(checkpoints, args.checkpoint, strict=True)
+        networks = [rebuild(*pair).to(device).eval() for pair in pairs]
         if args.compile:
-            for model in models:
-                model.compile()
+            for network in networks:
+                network.compile()
+    denoiser = open_denoiser(args, device) if args.denoiser else None
+    return BaseClassifier(networks, denoiser, args.consensus, device, args.dtype)
 
-    def classifier(x):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-            return sum(logits_of(model(x), len(x)) for model in models)
 
-    return classifier
+def open_denoiser(args, device):
+    """denoise() with the autoencoder of --denoiser, which must be for these images."""
+    file = args.denoiser
+    wanted = ("dataset", "image_size", "channels")
+    checkpoint = read_ours(file, "pretrain", wanted)
+    other = [f"{key} {checkpoint['data'][key]}, not {getattr(args, key)}" for key in wanted
+             if checkpoint["data"][key] != getattr(args, key)]
+    require(not other, f"{file} denoises other images: {'; '.join(other)}")
+    dmae = rebuild(checkpoint, file)
+    require(not dmae.norm_pix,
+            f"{file} was trained with norm-pix and gives no pixels back: pretrain.py --no-norm-pix does")
+    require(dmae.loss_on == "all",
+            f"{file} never learned to return a patch that it sees: pretrain.py --loss-on all does")
+    dmae.to(device).eval()
+    denoiser = functools.partial(denoise, dmae)
+    return torch.compile(denoiser) if args.compile else denoiser
 
 
 class ClassifierError(Exception):
@@ -1192,11 +1362,12 @@ def load_callable(place, device):
 
 
 def rebuild(checkpoint, file):
-    """The network of a checkpoint of finetune.py."""
-    from model import VisionTransformer, load_weights
+    """The network of a checkpoint: finetune.py's classifier, or pretrain.py's autoencoder."""
+    from model import DenoisingMaskedAutoencoder, VisionTransformer, load_weights
 
+    network = DenoisingMaskedAutoencoder if checkpoint.get("kind") == "pretrain" else VisionTransformer
     try:
-        model = VisionTransformer(**checkpoint["config"])
+        model = network(**checkpoint["config"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{file} describes no model ({str(error).splitlines()[0]})") from None
     load_weights(model, checkpoint["model"], file)
@@ -1349,6 +1520,8 @@ def certify_test_images(args, checkpoints, classifier, rule, rank, world, device
     file, _, function = (args.classifier or "").partition(":")
     hashes = [sha256(path) for path in args.checkpoint or [file]]
     settings = vars(args) | {"sha256": hashes, "function": function}
+    settings["denoiser_sha256"] = args.denoiser and sha256(args.denoiser)
+    settings["consensus"] = args.consensus or None                     # None: as in runs before there was one
     stem = run_stem(args)
     result = Path(f"{stem}.tsv")
     with run_directory(stem, settings, MAY_CHANGE, result, args.overwrite):
@@ -1397,6 +1570,16 @@ def certify_with(args, checkpoints):
         certify_pictures(args, classifier, classes, rule, noise, device)
     else:
         certify_test_images(args, checkpoints, classifier, rule, rank, world, device)
+    if args.consensus:
+        say_savings(classifier.consensus)
+
+
+def say_savings(consensus):
+    """How much all processes saved; what was done before a resume is not known."""
+    done, most = gather([consensus.done, consensus.most]).sum(dim=1).tolist()
+    if most:
+        say(f"consensus: {most - done:,.0f} of {most:,.0f} network passes over copies saved since this start "
+            f"({1 - done / most:.1%})")
 
 
 def main(argv=None):
