@@ -295,9 +295,11 @@ IMAGENET_OBJECTIVES = {                    # SmoothAdv's paper
 RECIPE_OBJECTIVES = {                      # and in these recipes
     "digits": {                            # ours
         "smoothadv": dict(copies=2, attack_eps=(0.25, 0.25, 0.5), attack_steps=4),
-        "macer": dict(macer_lambda=(4.0, 4.0, 4.0)),
+        "macer": dict(copies=8, macer_lambda=4.0),
         "smoothmix": dict(copies=2, attack_step=0.25, attack_steps=4),
     },
+    "fashion": MNIST_OBJECTIVES,
+    "mnist": MNIST_OBJECTIVES,
     "imagenet-base": IMAGENET_OBJECTIVES,
     "imagenet-large": IMAGENET_OBJECTIVES,
     "imagenet-huge": IMAGENET_OBJECTIVES,

@@ -342,12 +342,16 @@ SIZES = {
         decoder_dim=32, decoder_depth=1, decoder_heads=2,
     ),
     "vit_fashion": dict(
-        image_size=28, patch_size=4, channels=1, dim=128, depth=6, heads=4,
+        image_size=28, patch_size=7, channels=1, dim=128, depth=4, heads=4,
         decoder_dim=64, decoder_depth=1, decoder_heads=2,
     ),
     "vit_cifar_tiny": dict(
         image_size=32, patch_size=4, channels=3, dim=128, depth=4, heads=4,
         decoder_dim=96, decoder_depth=1, decoder_heads=3,
+    ),
+    "vit_cifar_small": dict(
+        image_size=32, patch_size=4, channels=3, dim=256, depth=8, heads=4,
+        decoder_dim=128, decoder_depth=1, decoder_heads=4,
     ),
     "vit_cifar": dict(
         image_size=32, patch_size=4, channels=3, dim=384, depth=12, heads=6,

@@ -1,0 +1,240 @@
+"""Every objective on the digits: three sigmas, three seeds, equal epochs and equal time -> objectives.jsonl, a row a run.
+
+    OMP_NUM_THREADS=1 python results/digits/objectives.py --workers 12         # in the repository's root
+
+One pre-training (results/digits/pretrain.pt), and an MAE made here, are fine-tuned by each objective. First the
+hyperparameters are chosen: seed 0, sigma 0.5, by the average certified radius (two-sided) of the held-out training images;
+tuning.jsonl keeps what was tried. Then every run is certified on each third test image, as certify.py does it by default.
+Equal time: as many epochs as take the processor time of consistency's 60. Last, a denoiser before a clean classifier, and
+ensembles of the three seeds, with and without a consensus of two.
+
+Runs are pieces that resume: what is finished lies in runs/objectives and is not done again. Times are of the processor.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import certify
+import finetune
+import pretrain
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/objectives")
+DMAE = HERE / "pretrain.pt"
+MAE = RUNS / "mae" / "pretrain.pt"
+SIGMAS = (0.25, 0.5, 1.0)
+SEEDS = (0, 1, 2)
+N, N0, ALPHA = 10_000, 100, 0.001
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+EPOCHS = 60
+ORDER = ("part", "objective", "init", "sigma", "seed", "command")
+
+TRIED = {                                    # at sigma 0.5; a length that is tried is scaled with sigma afterwards
+    "consistency": [f"--consistency {lam}" for lam in (2, 5, 10, 20)],
+    "smoothadv": [f"--attack-eps {eps} --consistency {lam}" for eps in (0.25, 0.5, 1.0) for lam in (0, 5)],
+    "macer": [f"--macer-lambda {lam}" for lam in (1, 4, 16)],
+    "smoothmix": [f"--attack-step {step} --smoothmix-eta {eta}" for step in (0.125, 0.25, 0.5) for eta in (1, 5)],
+}
+LENGTHS = ("--attack-eps", "--attack-step")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training, in processes of their own
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train(job):
+    """Fine-tune (name, flags): writes RUNS/name, and its processor seconds beside it."""
+    name, flags = job
+    torch.set_num_threads(1)
+    out = RUNS / name
+    clock = out / "seconds"
+    if clock.exists():
+        return name
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.process_time()
+    stage = pretrain if name == "mae" else finetune
+    with open(out / "output", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        stage.main([*flags.split(), "--out", str(out), "--device", "cpu"])
+    clock.write_text(f"{time.process_time() - started:.1f}")
+    return name
+
+
+def train_all(jobs, workers):
+    """Yield the name of each of the jobs {name: flags} when it is trained; the longest are begun first."""
+    order = ("macer", "smoothmix", "smoothadv")
+    first = sorted(jobs.items(), key=lambda job: next((i for i, word in enumerate(order) if word in job[0]), 9))
+    start = time.time()
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for done, name in enumerate(pool.imap_unordered(train, first, chunksize=1), 1):
+            print(f"{done}/{len(jobs)} trained, {time.time() - start:.0f} s: {name}", flush=True)
+            yield name
+
+
+def seconds_of(name):
+    return float((RUNS / name / "seconds").read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Certification
+# ----------------------------------------------------------------------------------------------------------
+
+
+def open_classifier(checkpoints, device, flags=""):
+    """The classifier that certify.py makes of these checkpoints, and the images' scale."""
+    argv = ["--any-sigma", "--sigma", "1", "--no-compile", "--dtype", "fp32", "--checkpoint", *map(str, checkpoints)]
+    args, opened = certify.parse([*argv, *flags.split()])
+    return certify.open_classifier(args, opened, device)
+
+
+def certificates(classifier, images, index, sigma, device):
+    """{bound: [(prediction, radius) of each image]} of images[index]."""
+    rule = certify.FixedN(N, ALPHA)
+    these = ((i, (images.pixels[i] / images.levels).to(device)) for i in index)
+    trials = certify.certify_all(classifier, these, certify.GaussianNoise(sigma), N0, rule, 0, 10_000)
+    trials = sorted(trials, key=lambda trial: trial.index)
+    return {bound: [trial.certificate(sigma, bound) for trial in trials] for bound in certify.BOUNDS}
+
+
+def measure(classifier, images, index, sigma, device):
+    """ACR and certified accuracies by both bounds, and the radius of each image (wrong or abstained: 0)."""
+    found = certificates(classifier, images, index, sigma, device)
+    row = {}
+    for bound, answers in found.items():
+        right = [int(prediction == images.labels[i]) for i, (prediction, _) in zip(index, answers, strict=True)]
+        radii = [round(radius * ok, 4) for (_, radius), ok in zip(answers, right, strict=True)]
+        at = {f"{r:g}": round(sum(ok and radius >= r for ok, radius in zip(right, radii, strict=True)) / len(index), 4)
+              for r in RADII}
+        row[bound] = dict(acr=round(sum(radii) / len(index), 4), certified=at, radii=radii)
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The three parts
+# ----------------------------------------------------------------------------------------------------------
+
+
+def command(objective, sigma, seed, flags, init=DMAE, epochs=None):
+    epochs = epochs or EPOCHS
+    return (f"--sigma {sigma:g} --objective {objective} --init {init} --seed {seed} --epochs {epochs} "
+            f"--vote-every {epochs} {flags}")
+
+
+def scaled(flags, sigma):
+    """The flags tried at sigma 0.5, their lengths in proportion to another sigma."""
+    words = flags.split()
+    for place, word in enumerate(words):
+        if word in LENGTHS:
+            words[place + 1] = f"{float(words[place + 1]) * sigma / 0.5:g}"
+    return " ".join(words)
+
+
+def tune(workers, device):
+    """({objective: its best flags}, the best of the others than consistency), on held-out training images.
+
+    Everything that was tried goes to tuning.jsonl.
+    """
+    jobs = {f"tune-{objective}-{i}": (objective, flags)
+            for objective, variants in TRIED.items() for i, flags in enumerate(variants)}
+    list(train_all({name: command(objective, 0.5, 0, flags) for name, (objective, flags) in jobs.items()}, workers))
+    images = finetune.open_images("digits", None, True, 8, 1)
+    _, held_out = finetune.hold_out(images, 0.1)
+    rows, best = [], {}
+    for name, (objective, flags) in jobs.items():
+        classifier = open_classifier([RUNS / name / "finetune_sigma_0.5.pt"], device)
+        found = measure(classifier, images, held_out.tolist(), 0.5, device)["two-sided"]
+        rows.append(dict(objective=objective, flags=flags, held_out_acr=found["acr"], certified=found["certified"],
+                         seconds=seconds_of(name)))
+        if found["acr"] > best.get(objective, (0, ""))[0]:
+            best[objective] = (found["acr"], flags)
+    (HERE / "tuning.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    strongest = max((acr, objective) for objective, (acr, _) in best.items() if objective != "consistency")[1]
+    return {"gaussian": "", **{objective: flags for objective, (_, flags) in best.items()}}, strongest
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="processes that train")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    list(train_all({"mae": "--sigma 0 --loss-on dropped --mask-ratio 0.5"}, 1))
+    best, strongest = tune(args.workers, device)
+    print(best, strongest, flush=True)
+
+    test = finetune.open_images("digits", None, False, 8, 1)
+    index = list(range(0, len(test), 3))
+    rows = []
+
+    def add(row, classifier, sigma):
+        rows.append(row | measure(classifier, test, index, sigma, device))
+        ordered = sorted(rows, key=lambda row: [str(row.get(key)) for key in ORDER])
+        (HERE / "objectives.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered))
+
+    def train_and_certify(jobs):
+        for name in train_all({name: job["command"] for name, job in jobs.items()}, args.workers):
+            job = jobs[name] | dict(seconds=seconds_of(name))
+            if name != "clean":
+                result = RUNS / name / f"finetune_sigma_{job['sigma']:g}.pt"
+                add(job, open_classifier([result], device), job["sigma"])
+
+    # Equal epochs: all objectives from DMAE; three of them from MAE and from nothing, too.
+    inits = {"dmae": DMAE, "mae": MAE, "scratch": "scratch"}
+    jobs = {}
+    for seed in SEEDS:
+        for sigma in SIGMAS:
+            for objective, flags in best.items():
+                for init, file in inits.items():
+                    if init == "dmae" or objective in ("gaussian", "consistency", strongest):
+                        jobs[f"{objective}-{init}-{sigma:g}-{seed}"] = dict(
+                            part="equal epochs", objective=objective, init=init, sigma=sigma, seed=seed, epochs=EPOCHS,
+                            command=command(objective, sigma, seed, scaled(flags, sigma), file))
+            jobs[f"paper-dmae-{sigma:g}-{seed}"] = dict(
+                part="equal epochs", objective="consistency, lambda 2", init="dmae", sigma=sigma, seed=seed,
+                epochs=EPOCHS, command=command("consistency", sigma, seed, "--consistency 2"))
+    clean = dict(part="denoised", objective="denoise, then classify", init="dmae", sigma=0.0, seed=0, epochs=EPOCHS,
+                 command=command("gaussian", 0, 0, ""))
+    train_and_certify(jobs | dict(clean=clean))
+
+    # Equal time: the processor time of consistency's epochs.
+    timed = {}
+    for seed in SEEDS:
+        for sigma in SIGMAS:
+            budget = seconds_of(f"consistency-dmae-{sigma:g}-{seed}")
+            for objective in best:
+                if objective == "consistency":
+                    continue
+                taken = seconds_of(f"{objective}-dmae-{sigma:g}-{seed}")
+                epochs = max(6, round(EPOCHS * budget / taken))
+                timed[f"{objective}-timed-{sigma:g}-{seed}"] = dict(
+                    part="equal time", objective=objective, init="dmae", sigma=sigma, seed=seed, epochs=epochs,
+                    command=command(objective, sigma, seed, scaled(best[objective], sigma), DMAE, epochs))
+    train_and_certify(timed)
+
+    # The clean classifier behind the denoiser, and ensembles of the three seeds.
+    for sigma in SIGMAS:
+        flags = f"--denoiser {DMAE}"
+        row = clean | dict(sigma=sigma, command=f"{clean['command']}; certify.py {flags}")
+        add(row, open_classifier([RUNS / "clean" / "finetune_sigma_0.pt"], device, flags), sigma)
+    for sigma in SIGMAS:
+        for objective in ("consistency", strongest):
+            files = [RUNS / f"{objective}-dmae-{sigma:g}-{seed}" / f"finetune_sigma_{sigma:g}.pt" for seed in SEEDS]
+            for flags in ("", "--consensus 2"):
+                row = dict(part="ensemble", objective=objective, init="dmae", sigma=sigma, epochs=EPOCHS,
+                           command=f"certify.py --checkpoint (three seeds) {flags}".strip())
+                add(row, open_classifier(files, device, flags), sigma)
+    print(f"{len(rows)} rows", flush=True)
+
+
+if __name__ == "__main__":
+    main()
