@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_fashion import write_files
 from torchvision.datasets import FashionMNIST
 
 import certify
@@ -33,16 +33,7 @@ def lenet(monkeypatch):
 def data_path(monkeypatch, tmp_path):
     """Torchvision's four files with a few hundred random images, each brighter where its label says."""
     monkeypatch.setattr(FashionMNIST, "mirrors", [])
-    folder, random = tmp_path / "data" / "FashionMNIST" / "raw", np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for part, count in (("train", 300), ("t10k", 40)):
-        labels = np.arange(count, dtype=np.uint8) % 10
-        pixels = random.integers(0, 100, (count, 28, 28), dtype=np.uint8)
-        for image, label in zip(pixels, labels, strict=True):
-            image[2 * label:2 * label + 6] += 150
-        for name, values in (("images-idx3", pixels), ("labels-idx1", labels)):
-            head = struct.pack(f">4B{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-            (folder / f"{part}-{name}-ubyte").write_bytes(head + values.tobytes())
+    write_files(tmp_path / "data" / "FashionMNIST" / "raw")
     return str(tmp_path / "data")
 
 
