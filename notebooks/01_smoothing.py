@@ -803,8 +803,8 @@ plt.show()
 # (b) and (c) together leave a best $\sigma$ in between, drawn below for balls in several dimensions. From $d = 64$ on
 # the exact curves nearly coincide in these units; what 100 000 draws can prove falls like $1/\sqrt d$. For small
 # $\sigma$ the share $p_A$ is so near to 1 that floats cannot hold $1 - p_A$. For $d = 3072$ it is less than
-# $e^{-1000}$ where $\sigma\sqrt d < 0.6\,\Delta$. So we compute its logarithm, by Legendre's continued fraction for the upper incomplete gamma function, and
-# invert $\ln\Phi$.
+# $e^{-1000}$ where $\sigma\sqrt d < 0.6\,\Delta$. So we compute its logarithm, by Legendre's continued fraction for
+# the upper incomplete gamma function, and invert $\ln\Phi$.
 #
 # **Check** of (1.11) by drawing the noise, and of the logarithm against `scipy`, where that has digits.
 
@@ -1160,7 +1160,28 @@ plt.show()
 #    classifier: the argmax does not commute with averaging.)
 #
 # </details>
-#
+
+# %%
+# The numbers of the answers.
+p_a = np.linspace(0.5, 0.999, 500)
+assert np.all(np.sqrt(2 * np.pi) * (p_a - 0.5) <= norm.ppf(p_a) + 1e-12)                   # exercise 1, sigma = 1
+print(f"exercise 2: Phi^-1 of 0.4 and 0.35 is {norm.ppf(0.4):.3f} and {norm.ppf(0.35):.3f}; "
+      f"the radii are {radius(0.4, 0.35, 0.5):.3f} and {radius(0.4, 0.6, 0.5):.3f}")
+
+random = np.random.default_rng(6)
+inside = lambda z: np.abs(z).sum(axis=1) < 4                                # exercise 3: class A, in two dimensions
+noise = random.laplace(size=(100_000, 2))                                   # b = 1
+share = inside(noise).mean()
+reach = np.log(1 / (2 * (1 - share)))
+for way in ((1, 0), (0.5, 0.5), (0.3, -0.7)):
+    assert inside(noise + 0.99 * reach * np.array(way)).mean() > 0.5
+print(f"exercise 3: p_A = {share:.3f}, certified in the norm of the sum up to {reach:.3f}")
+
+scores = nn.functional.one_hot(torch.from_numpy(f_map), 3).numpy()[..., 0].astype(float)       # exercise 5
+twice = gaussian_filter(gaussian_filter(scores, 30, truncate=6), 40, truncate=6)
+assert np.allclose(twice[300:501, 300:501], gaussian_filter(scores, 50, truncate=6)[300:501, 300:501], atol=1e-3)
+
+# %% [markdown]
 # ## References
 #
 # * Neyman, Pearson 1933: [On the problem of the most efficient tests of statistical
