@@ -182,7 +182,7 @@ plt.show()
 # image enters only through the smooth weight $\varphi_\sigma(z - x)$. So $p_c$ cannot jump, however wildly $f$ does.
 # It is the solution of the heat equation at time $\sigma^2 / 2$, with the decision region as initial temperature.
 #
-# In code, (1.1) is four lines: draw, add, ask, count. The noise is drawn a hundred copies at a time, since the
+# In code, (1.1) is three lines: draw, ask, count. The noise is drawn a hundred copies at a time, since the
 # scripts do so; then the same generator gives the same copies.
 
 # %%
@@ -442,8 +442,8 @@ plt.show()
 # $$ p_A(x + \delta) \ge \Phi\bigl(\Phi^{-1}(p_A) - \lVert\delta\rVert/\sigma\bigr), \qquad
 #    p_B(x + \delta) \le \Phi\bigl(\Phi^{-1}(p_B) + \lVert\delta\rVert/\sigma\bigr). \tag{1.4} $$
 #
-# Both sides increase with the shares. So (1.4) holds as well with a lower bound $\underline{p_A}$ in place of $p_A$,
-# and an upper bound $\overline{p_B}$ in place of $p_B$.
+# The right-hand sides increase with the shares. So (1.4) holds as well with a lower bound $\underline{p_A}$ in place
+# of $p_A$, and an upper bound $\overline{p_B}$ in place of $p_B$.
 #
 # On the scale of $\Phi^{-1}$ the statement is simple: *a step of length $\lVert\delta\rVert$ changes $\Phi^{-1}(p_c)$
 # by at most $\lVert\delta\rVert / \sigma$*. The function $\sigma\,\Phi^{-1}(p_c(x))$ is 1-Lipschitz, whatever $f$ is
@@ -583,8 +583,8 @@ plt.show()
 #    g(x + \delta) = A \;\text{ for every }\; \lVert\delta\rVert_\infty < R / \sqrt d. \tag{1.8} $$
 #
 # The corners of the cube are the directions where this is sharp. It is little: $R = 0.5$ on $224 \times 224$ images
-# in colour is a third of one grey level of 255, as the cell prints. Kumar et al. (2020) show that, for large $d$, no
-# other independent noise does better than by a constant factor.
+# in colour is a third of one grey level of 255, as the cell prints. Kumar et al. (2020) show that a large class of
+# other noises, independent in every pixel, does not fare better as $d$ grows.
 
 # %%
 def radius(p_a, p_b, sigma):
@@ -902,10 +902,14 @@ plt.show()
 # * On the left the brittle network of section 1.1, which saw no noise in training. Smoothing needs no training, and
 #   proves something at once.
 # * On the right the repository's own classifier, a small vision transformer, pre-trained to denoise and fine-tuned
-#   under noise. Its checkpoint and its certificates lie in `results/digits/`. They were made by `python pretrain.py
-#   && python finetune.py --sigma 0.25 && python certify.py --sigma 0.25`. Both curves are higher, and nearer to each
-#   other: noise in training helps $f$ as well, though no theorem says so.
-#   (From 0.8 on nothing can be proven with 10 000 draws at this $\sigma$: that is (c) above.)
+#   under noise. Both curves are higher, and nearer to each other: noise in training helps $f$ as well, though no
+#   theorem says so. (From 0.8 on nothing can be proven with 10 000 draws at this $\sigma$: that is (c) above.)
+#
+# The transformer's checkpoint and certificates lie in `results/digits/`. They were made by
+#
+# ```sh
+# python pretrain.py && python finetune.py --sigma 0.25 && python certify.py --sigma 0.25
+# ```
 #
 # The cell also certifies one image of the transformer anew, with fewer draws. It must come to a radius close to the
 # recorded one.

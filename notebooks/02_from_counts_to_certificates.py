@@ -771,9 +771,9 @@ plt.show()
 # one gets so far (imagine the draws that were not made). By the union bound all these bounds hold together with
 # probability $1 - \alpha$. The price is small, since bounds depend on $\ln(1/\alpha)$.
 #
-# Drawing as much as an image needs is not our idea: Horvath et al. (2022) do it in stages that share $\alpha$, Chen
-# et al. (2022) choose the number of draws for each image, and Voracek (2024) uses bounds that hold at all times. The
-# rule here is `Sequential`:
+# Drawing as much as an image needs has been done before: Horvath et al. (2022) do it in stages that share $\alpha$,
+# Chen et al. (2022) choose the number of draws for each image, and Voracek (2024) uses bounds that hold at all times.
+# The rule here is `Sequential`:
 
 # %%
 show(certify.Sequential)
@@ -1410,8 +1410,9 @@ for radius in (0.1234567891, 0.25, 1.0000004, 1e-10):
 #    the Kullback-Leibler divergence: here 0.0201. It takes about $\ln 1000 / 0.0201 = 343$ draws. But the bet on
 #    $\theta = 0.6$ loses for ever if the true share is 0.54, although that is above $p_0$. The mixture needs no
 #    guess, and pays for it with a logarithm of $n$.
-# 5. It is valid, by the union bound. Its bound is a little lower than the anytime bound at the first look, and a little
-#    higher at the last. But after the fiftieth look it has nothing left to spend, and the looks must be fixed before.
+# 5. It is valid, by the union bound. Its bound is a little lower than the anytime bound at the first look, and a
+#    little higher at the last. But after the fiftieth look it has nothing left to spend, and the looks must be fixed
+#    before.
 #
 # </details>
 
