@@ -34,7 +34,7 @@
 # * set up AdamW and its schedule, and train on several processes so that the gradient stays what it was;
 # * prove Tweedie's formula, and say what it does and does not promise about denoising.
 #
-# Every stop on the way has an equation, the reason for it, a few lines of code that are the equation, and a cell that
+# Every stop on the way has an equation, the reason for it, and a few lines of code that are the equation. Then a cell
 # compares them with the scripts' own function, or with something computed in another way.
 #
 # **What it needs.** Linear algebra, a little probability, PyTorch. No GPU and no network connection. It runs for
@@ -79,7 +79,7 @@ import pretrain
 plt.rcParams.update({
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "figure.dpi": 100,
+    "figure.dpi": 90,
     "font.size": 10,
     "axes.titlesize": 10,
     "legend.fontsize": 9,
@@ -158,7 +158,7 @@ noisy = clean + SIGMA * noise
 restored = pretrain.reconstruct(dmae, clean, prediction)
 dropped = mask[0].bool().tolist()
 figure, axis = plt.subplots(figsize=(10.5, 4.1))
-axis.set(xlim=(-0.2, 21.4), ylim=(-1.9, 6.9), aspect="equal")
+axis.set(xlim=(-0.2, 22.2), ylim=(-1.9, 6.9), aspect="equal")
 axis.axis("off")
 SIDE, MIDDLE = 2.4, 2.5
 
@@ -203,17 +203,17 @@ column(10.0, [PURPLE] + [BLUE] * kept, f"tokens\n{size(shapes['kept'])}")
 arrow((10.6, MIDDLE), (11.1, MIDDLE))
 box(11.2, 1.9, f"encoder\n{depth} blocks")
 arrow((13.2, MIDDLE), (13.7, MIDDLE))
-column(13.8, [PURPLE] + [BLUE] * kept, f"latent\n{size(shapes['latent'])}")
-arrow((14.4, MIDDLE), (15.0, MIDDLE))
-column(15.1, [PURPLE] + [GREY if gone else BLUE for gone in dropped], f"in image order\n{size(shapes['all'])}")
-arrow((15.7, MIDDLE), (16.2, MIDDLE))
-box(16.3, 1.9, f"decoder\n{decoder_depth} block")
-arrow((18.3, MIDDLE), (18.8, MIDDLE))
-picture(18.9, restored, f"prediction $\\hat{{x}}$\n{size(prediction.shape[1:])}")
-arrow((SIDE + 0.1, 6.2), (18.2, 6.2))
+column(13.9, [PURPLE] + [BLUE] * kept, f"latent\n{size(shapes['latent'])}")
+arrow((14.5, MIDDLE), (15.7, MIDDLE))
+column(15.8, [PURPLE] + [GREY if gone else BLUE for gone in dropped], f"in image order\n{size(shapes['all'])}")
+arrow((16.4, MIDDLE), (16.9, MIDDLE))
+box(17.0, 1.9, f"decoder\n{decoder_depth} block")
+arrow((19.0, MIDDLE), (19.5, MIDDLE))
+picture(19.6, restored, f"prediction $\\hat{{x}}$\n{size(prediction.shape[1:])}")
+arrow((SIDE + 0.1, 6.2), (18.9, 6.2))
 axis.plot((SIDE / 2, SIDE / 2, SIDE + 0.2), (5.4, 6.2, 6.2), color="0.2", linewidth=1)
-arrow((20.1, MIDDLE + SIDE / 2 + 0.1), (20.1, 5.6))
-axis.text(20.0, 6.2, f"loss\nall {N} patches:\n{loss:.3f}", ha="center", va="center", fontsize=9)
+arrow((20.8, MIDDLE + SIDE / 2 + 0.1), (20.8, 5.5))
+axis.text(20.8, 6.2, f"loss\nall {N} patches:\n{loss:.3f}", ha="center", va="center", fontsize=9)
 axis.text(10.3, 6.35, "the clean image is the target", ha="center", va="bottom", fontsize=9)
 for left, colour, text in ((11.0, PURPLE, "class token"), (13.4, BLUE, "kept patch"), (15.7, GREY, "mask token")):
     axis.add_patch(Rectangle((left, -1.75), 0.3, 0.3, facecolor=colour))
@@ -269,7 +269,7 @@ distance[labels[:, None] == digits["train"].labels] = math.inf
 figure, axis = plt.subplots(figsize=(7, 3))
 bins = np.linspace(0, 10, 121)
 axis.hist(distance.amin(1), bins, density=True, color="0.7")
-axis.annotate("way to the nearest digit\nof another class", (2.65, 0.65), (3.3, 2.3),
+axis.annotate("way to the nearest digit\nof another class", (2.1, 1.0), (2.9, 2.2),
               arrowprops=dict(arrowstyle="-", color=GREY))
 for sigma, colour in zip((0.125, 0.25, 0.5, 1.0), (BLUE, ORANGE, GREEN, PURPLE), strict=True):
     length = np.linspace(0.01, 10, 1000)
@@ -481,7 +481,7 @@ print(f"{B} images, T = {T} tokens, width D = {D}, h = {h} heads of width D / h 
 #
 # $$
 # \operatorname{LN}(t) = \text{gain} \odot \frac{t - \operatorname{mean}(t)}{\sqrt{\operatorname{var}(t) + 10^{-6}}}
-# + \text{bias} , \tag{3.8}
+# {} + \text{bias} , \tag{3.8}
 # $$
 #
 # with mean and variance over channels, the variance divided by $D$. It keeps the size of what enters a layer fixed,
@@ -581,7 +581,8 @@ assert 1e-4 < shortcut < 1e-3
 #
 # $$
 # \mathbf X' = \mathbf X + \operatorname{MHA}\bigl(\operatorname{LN}_1(\mathbf X)\bigr), \qquad
-# \operatorname{block}(\mathbf X) = \mathbf X' + \operatorname{MLP}\bigl(\operatorname{LN}_2(\mathbf X')\bigr) . \tag{3.12}
+# \operatorname{block}(\mathbf X) = \mathbf X' + \operatorname{MLP}\bigl(\operatorname{LN}_2(\mathbf X')\bigr) .
+# \tag{3.12}
 # $$
 #
 # Unroll $L$ blocks: the output is the input plus the sum of all $2L$ branches. Its derivative by the input is the
@@ -615,10 +616,10 @@ print(f"one block is model.Block; {len(vit.blocks)} blocks add {len(branches)} b
 # \text{features} = \operatorname{LN}\Bigl(\frac1N \sum_{i=1}^N t'_i\Bigr) . \tag{3.13}
 # $$
 #
-# DMAE fine-tunes with the mean, and probes linearly with the class token. The reason is in section 3.9: the loss reads
-# what the decoder says about patches and never its class token. Each patch token has learned to describe its place; the
-# class token learns only what other tokens fetch from it. Even with mean pooling the class token is there, and takes
-# part in attention.
+# DMAE fine-tunes with the mean, and probes linearly with the class token. For the mean speaks the pre-training loss
+# (section 3.9), which reads what the decoder says about patches and never its class token. The patch tokens have
+# learned to describe their places; the class token learns only what other tokens fetch from it. Even with mean pooling
+# the class token is there, and takes part in attention.
 
 # %%
 def features(network, images):
@@ -648,23 +649,34 @@ print("the page's vision transformer is model.VisionTransformer, with either way
 
 # %%
 X = dmae.with_cls(dmae.embed(test))
-figure, axes = plt.subplots(2, depth, figsize=(6, 4.3))
 patch = 5                                                                                 # row 1, column 1
+maps = {}
 for layer, block in enumerate(dmae.blocks):
     queries, keys, _ = block.attn.qkv(block.norm1(X)).split(X.shape[-1], dim=-1)
     for head, channels in enumerate(torch.arange(X.shape[-1]).chunk(block.attn.heads)):
         weights = weights_of(queries[..., channels], keys[..., channels])                 # B 1+N 1+N
         torch.testing.assert_close(weights.sum(-1), torch.ones(len(test), 1 + N))
-        shown = axes[head, layer].imshow(weights[:, 1 + patch, 1:].mean(0).view(dmae.grid), cmap="viridis", vmin=0, vmax=0.3)
-        axes[head, layer].plot(patch % 4, patch // 4, "o", color=ORANGE, markersize=6)
-        axes[head, layer].set(xticks=range(4), yticks=range(4), title=f"block {layer + 1}, head {head + 1}")
+        maps[head, layer] = weights[:, 1 + patch, 1:].mean(0).view(dmae.grid)
     X = block(X)
+strongest = {place: divmod(int(weights.argmax()), 4) for place, weights in maps.items()}
+assert strongest[1, 1] == (1, 2) and strongest[0, 1] == (0, 1) and strongest[0, 2] == (2, 1)
+assert maps[1, 0].max() < 0.1
+
+figure, axes = plt.subplots(2, depth, figsize=(6, 4.3))
+for place, weights in maps.items():
+    shown = axes[place].imshow(weights, cmap="viridis", vmin=0, vmax=max(map(torch.max, maps.values())))
+    axes[place].plot(patch % 4, patch // 4, "o", color=ORANGE, markersize=6)
+    axes[place].set(xticks=range(4), yticks=range(4), title=f"block {place[1] + 1}, head {place[0] + 1}")
 axes[0, 0].set_ylabel("row")
 axes[1, 0].set_ylabel("row")
 for axis in axes[1]:
     axis.set_xlabel("column")
 figure.colorbar(shown, ax=axes, label="mean attention weight", shrink=0.7)
 plt.show()
+
+# %% [markdown]
+# Heads have found neighbours: in block 2 head 1 looks up and head 2 to the right, in block 3 head 1 looks down. Head 2
+# of block 1 looks nearly everywhere alike. Nobody told them; positions and the loss did.
 
 # %% [markdown]
 # ## 3.7 The encoder sees kept patches only, and what that saves
@@ -674,7 +686,7 @@ plt.show()
 #
 # $$
 # \text{FLOPs}(T) = \underbrace{8TD^2}_{\text{q, k, v, projection}} + \underbrace{4T^2D}_{\text{attention}}
-# + \underbrace{16TD^2}_{\text{MLP, ratio 4}} , \tag{3.14}
+# {} + \underbrace{16TD^2}_{\text{MLP, ratio 4}} , \tag{3.14}
 # $$
 #
 # counting a multiplication and an addition as two operations. Why: a linear map from $D$ to $D'$ costs $2DD'$ per
@@ -744,7 +756,7 @@ figure, axis = plt.subplots(figsize=(6.2, 3))
 axis.fill_between(gammas, 0, flops[:, 0], color=BLUE, linewidth=0)
 axis.fill_between(gammas, flops[:, 0], flops.sum(1), color=ORANGE, linewidth=0)
 axis.text(0.12, 14, "encoder, on kept patches", color="white")
-axis.text(0.12, 34, "decoder, on all patches", color="white", rotation=-19)
+axis.text(0.12, 34.5, "decoder, on all patches", color="white", rotation=-16, rotation_mode="anchor")
 axis.plot((0.75, 0.75), (0, 30), "--", color="0.2")
 axis.text(0.75, 31, "the paper's ratio", ha="center", va="bottom")
 axis.set(xlabel=r"mask ratio $\gamma$", ylabel="forward pass, one image\n(GFLOP)", xlim=(0, 0.875), ylim=(0, 48))
@@ -818,7 +830,7 @@ print("every place holds its own token or the mask token, and the prediction fol
 #
 # $$
 # \mathcal L_{\text{all}} = \tfrac{N_{\text{kept}}}{N}\,\mathcal L_{\text{kept}}
-# + \tfrac{N-N_{\text{kept}}}{N}\,\mathcal L_{\text{dropped}} . \tag{3.17}
+# {} + \tfrac{N-N_{\text{kept}}}{N}\,\mathcal L_{\text{dropped}} . \tag{3.17}
 # $$
 
 # %%
@@ -870,9 +882,9 @@ axis.plot(sigmas, kept_curve, "o-", color=BLUE, markersize=4)
 axis.plot(sigmas, (sigmas / dmae.std.item())**2, ":", color="0.2")
 axis.axhline(mean_image, color=GREY, linestyle="--")
 axis.axvline(SIGMA, color="0.8", zorder=0)
-axis.text(0.03, dropped_curve[1] + 0.05, "dropped patches (predict)", color=ORANGE)
-axis.text(0.44, kept_curve[9] - 0.12, "kept patches (denoise)", color=BLUE)
-axis.text(0.26, 0.78, "copy the\nnoisy pixels", color="0.2")
+axis.text(0.01, 0.16, "dropped patches\n(predict)", color=ORANGE)
+axis.text(0.4, 0.12, "kept patches (denoise)", color=BLUE)
+axis.text(0.375, 0.86, "copy the noisy pixels", color="0.2")
 axis.text(0.01, mean_image + 0.02, "answer with the mean image", color=GREY)
 axis.set(xlabel=r"noise level $\sigma$ (pixels in [0, 1]); trained at the grey line",
          ylabel="mean squared error\n(normalised pixels)", xlim=(0, 0.6), ylim=(0, 0.95))
@@ -960,13 +972,13 @@ print("eight images, two ways, one loss")
 # \begin{aligned}
 # a_t &= \beta_1 a_{t-1} + (1-\beta_1)\,\nabla_t, \qquad b_t = \beta_2 b_{t-1} + (1-\beta_2)\,\nabla_t^2, \\
 # w_t &= (1 - \text{lr}\cdot\text{wd})\,w_{t-1}
-# - \text{lr}\,\frac{a_t / (1-\beta_1^t)}{\sqrt{b_t / (1-\beta_2^t)} + 10^{-8}} ,
+# {} - \text{lr}\,\frac{a_t / (1-\beta_1^t)}{\sqrt{b_t / (1-\beta_2^t)} + 10^{-8}} ,
 # \end{aligned} \tag{3.19}
 # $$
 #
-# with $a_0 = b_0 = 0$. The divisions by $1-\beta^t$ undo that zero start: $a_t$ is a weighted sum of $t$ gradients whose
-# weights add up to $1-\beta_1^t$. Pre-training has $\beta_1 = 0.9$ and $\beta_2 = 0.95$. The usual $0.999$ remembers a
-# thousand steps; 0.95 remembers twenty, and forgets a sudden large gradient as soon.
+# with $a_0 = b_0 = 0$. The divisions by $1-\beta^t$ undo that zero start: $a_t$ is a weighted sum of $t$ gradients
+# whose weights add up to $1-\beta_1^t$. Pre-training has $\beta_1 = 0.9$ and $\beta_2 = 0.95$. The usual $0.999$
+# remembers a thousand steps; 0.95 remembers twenty, and forgets a sudden large gradient as soon.
 #
 # The quotient has no unit. A weight moves by about lr per step, whether its gradients are large or small.
 
@@ -1071,11 +1083,11 @@ print(f"{len(groups[True])} matrices with {sizes[True]:,} weights decay; {len(gr
 #
 # $$ \text{peak} = \text{base lr} \cdot \frac{B}{256} . \tag{3.21} $$
 #
-# The reason is a statement about plain gradient descent. Take $j$ steps of size lr, on batches of $B$, while the weights
-# hardly change: they add up to lr times the sum of $j$ mean gradients. One step on the union of those batches, of
-# $jB$ images, has one mean gradient; it moves as far with the step size $j \cdot \text{lr}$
-# ([Goyal et al.](https://arxiv.org/abs/1706.02677)). For AdamW, whose step does not grow with the gradient, that proof
-# fails, and (3.21) is a custom which the paper's recipes follow.
+# The reason is a statement about plain gradient descent. Take $j$ steps of size lr, on batches of $B$, while the
+# weights hardly change: they add up to lr times the sum of $j$ mean gradients. One step on the union of those batches,
+# of $jB$ images, has one mean gradient; it moves as far with the step size $j \cdot \text{lr}$ ([Goyal et
+# al.](https://arxiv.org/abs/1706.02677)). For AdamW, whose step does not grow with the gradient, that proof fails, and
+# (3.21) is a custom which the paper's recipes follow.
 
 # %%
 def lr_at(t, steps, warmup, peak):
@@ -1302,9 +1314,9 @@ print(f"shares of 120 and 8: differs by {difference(unequal, together):.0%}")
 #
 # **A seed per rank.** In a true run noise and masks are drawn on the spot, after seeding from (seed, step, micro-batch,
 # rank). Without the rank in it, two processes would draw the same noise for different images. The gradient's mean would
-# stay right. Its variance would grow, since an average over equal noise does not average the noise away. So with another
-# number of processes the images, the batch and the schedule are the same, and the draws are not. One process that
-# imitates two, rank by rank with the ranks' own seeds, must reproduce the losses of the two.
+# stay right. Its variance would grow, since an average over equal noise does not average the noise away. So with
+# another number of processes the images, the batch and the schedule are the same, and the draws are not. One process
+# that imitates two, rank by rank with the ranks' own seeds, must reproduce the losses of the two.
 
 # %%
 ours = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 0)
@@ -1370,11 +1382,11 @@ for probe in (False, True):
 # rank 0's running statistics to all ranks before each forward pass, which `pretrain.distribute` switches on only where
 # there is a BatchNorm. What the classifier remembers from training is then one share's statistics, not the batch's.
 #
-# **Certification** needs no gradient, and its processes exchange no counts. Images are dealt by stride, `[rank::world]`.
-# Each rank appends the rows of its images to a file of its own. At the end all wait for each other once, and rank 0
-# merges the files, sorted by image (`certify.gather_parts` does the same after an interruption). An image's noise is
-# drawn from (seed, image, phase). The row so depends neither on how many processes there were nor on which of them did
-# it. Here with a linear classifier, the nearest class mean:
+# **Certification** needs no gradient, and its processes exchange no counts. Images are dealt by stride,
+# `[rank::world]`. Each rank appends the rows of its images to a file of its own. At the end all wait for each other
+# once, and rank 0 merges the files, sorted by image (`certify.gather_parts` does the same after an interruption). An
+# image's noise is drawn from (seed, image, phase). The row so depends neither on how many processes there were nor on
+# which of them did it. Here with a linear classifier, the nearest class mean:
 
 # %%
 means = torch.stack([train[digits["train"].labels == c].mean(0).flatten() for c in range(10)])
@@ -1623,11 +1635,12 @@ for axis, split in zip(axes, ("training", "test"), strict=True):
     axis.plot(levels, errors[split, "empirical"], "s-", color=ORANGE)
     axis.plot(levels, np.square(levels), ":", color="0.2")
     axis.axvline(SIGMA, color="0.8", zorder=0)
-    axis.set(xlabel=r"noise level $\sigma$ (pixels in [0, 1])", title=f"{split} digits, fresh noise", ylim=(0, 0.1))
+    axis.set(xlabel=r"noise level $\sigma$ (pixels in [0, 1])", title=f"{split} digits, fresh noise",
+             xlim=(0.08, 0.54), ylim=(0, 0.1))
 axes[0].set_ylabel("mean squared error\n(pixels in [0, 1])")
 axes[0].text(0.31, 0.05, "autoencoder,\nmask ratio 0", color=BLUE, ha="left")
-axes[0].text(0.36, 0.009, "posterior mean over\ntraining digits", color=ORANGE)
-axes[0].text(0.295, 0.092, r"copy the noisy pixels, $\sigma^2$", color="0.2")
+axes[1].text(0.35, 0.008, "posterior mean\nover training digits", color=ORANGE)
+axes[0].text(0.33, 0.085, "copy the noisy\n" r"pixels, $\sigma^2$", color="0.2")
 plt.show()
 
 # %% [markdown]
@@ -1670,8 +1683,8 @@ plt.show()
 # %% [markdown]
 # ## 3.16 Exercises
 #
-# 1. **The root in (3.9).** Let the entries of a query and a key of length $D/h$ be independent, with mean 0 and variance
-#    1. Show that their inner product has variance $D/h$. *Hint:* the terms of the sum are uncorrelated.
+# 1. **The root in (3.9).** Let the entries of a query and a key of length $D/h$ be independent, with mean 0 and
+#    variance 1. Show that their inner product has variance $D/h$. *Hint:* the terms of the sum are uncorrelated.
 # 2. **Another patch side.** The digits are cut with $P = 2$. What is the encoder's cost with $P = 4$, relative to $P =
 #    2$, without a mask? And why is it not done? *Hint:* (3.14) with MLP ratio 2, $D = 64$; how many squares of side 4
 #    does a digit have?
@@ -1689,8 +1702,8 @@ plt.show()
 # 1. Each term $Q_l K_l$ has mean $0$ and variance $\mathbb E[Q_l^2]\,\mathbb E[K_l^2] = 1$. Different terms are
 #    independent, so that the variances add up, to $D/h$.
 # 2. There are four patches in place of sixteen, so $T = 5$ in place of 17. With MLP ratio 2 a block costs $16TD^2 +
-#    4T^2D$: 334 080 operations in place of 1 188 096, or 0.28 times as much. It is not done because a quarter of a digit
-#    is too much to lose: one dropped patch would be a quadrant.
+#    4T^2D$: 334 080 operations in place of 1 188 096, or 0.28 times as much. It is not done because a quarter of a
+#    digit is too much to lose: one dropped patch would be a quadrant.
 # 3. The identity on each patch. It needs no attention: every token can keep its own pixels. It learns nothing about
 #    images from the kept patches; only $\mathcal L_{\text{dropped}}$, with the weight $\gamma$, teaches.
 # 4. By $G B_j / B$: $150/128$, $150/128$ and $84/128$. Image $i \in S_j$ then has the weight
@@ -1729,10 +1742,10 @@ print("answers 1, 2, 4 and 5 hold")
 # %% [markdown]
 # ## References
 #
-# * Q. Wu, H. Ye, Y. Gu, H. Zhang, L. Wang, D. He, *Denoising Masked Autoencoders Help Robust Classification*, ICLR 2023,
-#   [arXiv 2210.06983](https://arxiv.org/abs/2210.06983): the method.
-# * K. He, X. Chen, S. Xie, Y. Li, P. Dollár, R. Girshick, *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022,
-#   [arXiv 2111.06377](https://arxiv.org/abs/2111.06377): masks, encoder, decoder, norm-pix.
+# * Q. Wu, H. Ye, Y. Gu, H. Zhang, L. Wang, D. He, *Denoising Masked Autoencoders Help Robust Classification*, ICLR
+#   2023, [arXiv 2210.06983](https://arxiv.org/abs/2210.06983): the method.
+# * K. He, X. Chen, S. Xie, Y. Li, P. Dollár, R. Girshick, *Masked Autoencoders Are Scalable Vision Learners*, CVPR
+#   2022, [arXiv 2111.06377](https://arxiv.org/abs/2111.06377): masks, encoder, decoder, norm-pix.
 # * A. Vaswani et al., *Attention Is All You Need*, NeurIPS 2017, [arXiv 1706.03762](https://arxiv.org/abs/1706.03762).
 # * A. Dosovitskiy et al., *An Image is Worth 16x16 Words*, ICLR 2021,
 #   [arXiv 2010.11929](https://arxiv.org/abs/2010.11929): the vision transformer.
