@@ -291,7 +291,7 @@ plt.show()
 # with $(a,b)$ the patch's row and column on the grid, $(u,v)$ the pixel inside the patch, ch one of $C$ channels. Each
 # patch then becomes a token by one linear map,
 #
-# $$ t_i = W x_i + w_0 \in \mathbb R^D . \tag{3.4} $$
+# $$ \mathbf t_i = W x_i + w_0 \in \mathbb R^D . \tag{3.4} $$
 #
 # Why patches rather than pixels: attention compares every token with every other, so its cost grows with $N^2$, and a
 # single pixel says little. The order of pixels inside a patch (row, column, channel) is a convention, but one that the
@@ -401,29 +401,29 @@ plt.show()
 #
 # $$ N_{\text{kept}} = \lfloor N(1-\gamma) \rfloor \tag{3.7} $$
 #
-# patches, $\gamma$ being the mask ratio. Draw one uniform number $u_i$ per patch and keep the patches with the smallest
-# ones. All $N!$ orders of $N$ independent, identically distributed continuous numbers are equally likely, so every set
-# of $N_{\text{kept}}$ patches is equally likely too. Unlike a coin per patch, this keeps *exactly* $N_{\text{kept}}$ in
-# every image, which makes a batch a rectangular tensor.
+# patches, $\gamma$ being the mask ratio. Draw one uniform number $\xi_i$ per patch and keep the patches with the
+# smallest ones. All $N!$ orders of $N$ independent, identically distributed continuous numbers are equally likely, so
+# every set of $N_{\text{kept}}$ patches is equally likely too. Unlike a coin per patch, this keeps *exactly*
+# $N_{\text{kept}}$ in every image, which makes a batch a rectangular tensor.
 #
 # The scripts' function returns three things: the kept indices; `restore`, the inverse permutation that the decoder
 # needs to put tokens back; and `mask`, in which **1 means dropped**. For one image:
 
 # %%
-def choose(u, gamma):
-    """Kept patches, the place of each patch in "kept first, then dropped", and which are dropped; u is (N,)."""
-    order = sorted(range(len(u)), key=lambda i: u[i])
-    count = int(len(u) * (1 - gamma))
-    place = [order.index(i) for i in range(len(u))]
-    dropped = [i not in order[:count] for i in range(len(u))]
+def choose(numbers, gamma):
+    """Kept patches, the place of each patch in "kept first, then dropped", and which are dropped; numbers is (N,)."""
+    order = sorted(range(len(numbers)), key=lambda i: numbers[i])
+    count = int(len(numbers) * (1 - gamma))
+    place = [order.index(i) for i in range(len(numbers))]
+    dropped = [i not in order[:count] for i in range(len(numbers))]
     return order[:count], place, dropped
 
 
 torch.manual_seed(0)
-u = torch.rand(50, 16)
+numbers = torch.rand(50, 16)
 for gamma in (0.25, 0.5, 0.75, 0.9):
-    for image, answers in enumerate(zip(*model.random_masking(u, gamma), strict=True)):
-        for ours, theirs in zip(choose(u[image].tolist(), gamma), answers, strict=True):
+    for image, answers in enumerate(zip(*model.random_masking(numbers, gamma), strict=True)):
+        for ours, theirs in zip(choose(numbers[image].tolist(), gamma), answers, strict=True):
             assert ours == theirs.tolist()
 
 keep, restore, many_masks = model.random_masking(torch.rand(20_000, 6), 0.5)
@@ -480,7 +480,8 @@ print(f"{B} images, T = {T} tokens, width D = {D}, h = {h} heads of width D / h 
 # **LayerNorm.** Every token is standardised over its own $D$ channels, then scaled and shifted by learned vectors:
 #
 # $$
-# \operatorname{LN}(t) = \text{gain} \odot \frac{t - \operatorname{mean}(t)}{\sqrt{\operatorname{var}(t) + 10^{-6}}}
+# \operatorname{LN}(\mathbf t) = \text{gain} \odot
+# \frac{\mathbf t - \operatorname{mean}(\mathbf t)}{\sqrt{\operatorname{var}(\mathbf t) + 10^{-6}}}
 # {} + \text{bias} , \tag{3.8}
 # $$
 #
@@ -554,7 +555,7 @@ print("attention is model.Attention; shuffled tokens get the same answers, shuff
 # **GELU and the MLP.** Attention moves information between tokens. The other half of a block works on every token by
 # itself: a linear map to a larger width, a nonlinear function, and a linear map back,
 #
-# $$ \operatorname{MLP}(t) = W_2 \operatorname{GELU}(W_1 t + w_1) + w_2, \qquad
+# $$ \operatorname{MLP}(\mathbf t) = W_2 \operatorname{GELU}(W_1 \mathbf t + w_1) + w_2, \qquad
 # \operatorname{GELU}(z) = z\,\Phi(z) , \tag{3.11} $$
 #
 # $\Phi$ being the distribution function of the standard normal. GELU is a smooth ReLU. Gate $z$ by a coin that falls on
@@ -608,12 +609,13 @@ print(f"one block is model.Block; {len(vit.blocks)} blocks add {len(branches)} b
 
 # %% [markdown]
 # **Class token, or mean pooling.** A classifier needs one vector per image; the blocks end with $1 + N$. There are two
-# customs. A learned vector $t_{\text{cls}}$, the *class token*, is put before the patch tokens. It stands for no place,
-# attends to all of them, and its output may serve; or the mean of the patch tokens' outputs $t'_i$ does:
+# customs. A learned vector $\mathbf t_{\text{cls}}$, the *class token*, is put before the patch tokens. It stands for
+# no place, attends to all of them, and its output may serve; or the mean of the patch tokens' outputs $\mathbf t'_i$
+# does:
 #
 # $$
-# \text{features} = \operatorname{LN}\bigl(t'_{\text{cls}}\bigr) \qquad\text{or}\qquad
-# \text{features} = \operatorname{LN}\Bigl(\frac1N \sum_{i=1}^N t'_i\Bigr) . \tag{3.13}
+# \text{features} = \operatorname{LN}\bigl(\mathbf t'_{\text{cls}}\bigr) \qquad\text{or}\qquad
+# \text{features} = \operatorname{LN}\Bigl(\frac1N \sum_{i=1}^N \mathbf t'_i\Bigr) . \tag{3.13}
 # $$
 #
 # DMAE fine-tunes with the mean, and probes linearly with the class token. For the mean speaks the pre-training loss
@@ -703,10 +705,10 @@ show(model.DenoisingMaskedAutoencoder.encode)
 # must not change by a single bit.
 
 # %%
-u = torch.rand(6, N)
-latent, _, _ = dmae.encode(test[:6], GAMMA, u)
+numbers = torch.rand(6, N)
+latent, _, _ = dmae.encode(test[:6], GAMMA, numbers)
 for image in range(6):
-    chosen, _, _ = choose(u[image].tolist(), GAMMA)
+    chosen, _, _ = choose(numbers[image].tolist(), GAMMA)
     X = torch.cat([dmae.cls_token[0], dmae.embed(test[image:image + 1])[0, chosen]])[None]     # 1 1+N_kept D
     for block in dmae.blocks:
         X = run_block(X, block)
@@ -769,15 +771,15 @@ plt.show()
 # %% [markdown]
 # ## 3.8 The decoder
 #
-# Let $z_i$ be the encoder's output for a kept patch $i$, and $A$, $A_0$ a linear map to the decoder's width. The
-# decoder's input is
+# Let $\mathbf t'_i$ be the encoder's output for a kept patch $i$, and $A$, $A_0$ a linear map to the decoder's width.
+# The decoder's input is
 #
 # $$
-# t_i = \begin{cases} A z_i + A_0 + \operatorname{pos}'_i & \text{if patch } i \text{ was kept},\\
-# t_{\text{mask}} + \operatorname{pos}'_i & \text{if it was dropped,}\end{cases} \tag{3.15}
+# \mathbf s_i = \begin{cases} A \mathbf t'_i + A_0 + \operatorname{pos}'_i & \text{if patch } i \text{ was kept},\\
+# \mathbf t_{\text{mask}} + \operatorname{pos}'_i & \text{if it was dropped,}\end{cases} \tag{3.15}
 # $$
 #
-# with one learned mask token $t_{\text{mask}}$ for all dropped places and the decoder's own positions
+# with one learned mask token $\mathbf t_{\text{mask}}$ for all dropped places and the decoder's own positions
 # $\operatorname{pos}'$. Blocks of attention follow, then a linear map to $P^2C$ pixel values.
 #
 # All dropped places start from the same vector, so that position is all that tells them apart; what belongs there has
@@ -793,22 +795,22 @@ show(model.DenoisingMaskedAutoencoder.decode)
 # %%
 def decoder_input(network, latent, order, dropped):
     """Latent (1 + N_kept, D) of one image, kept patches `order`, dropped (N,) -> tokens (1 + N, D')."""
-    z = network.decoder_embed(latent)
-    places = torch.full((len(dropped), z.shape[-1]), math.nan)
+    tokens = network.decoder_embed(latent)
+    places = torch.full((len(dropped), tokens.shape[-1]), math.nan)
     places[dropped] = network.mask_token[0, 0]
-    places[order] = z[1:]
-    return torch.cat([z[:1], places]) + network.decoder_pos_embed[0]
+    places[order] = tokens[1:]
+    return torch.cat([tokens[:1], places]) + network.decoder_pos_embed[0]
 
 
-hook = dmae.decoder_blocks[0].register_forward_pre_hook(lambda module, inputs: caught.update(t=inputs[0]))
-many, many_noise, many_u = test[:32], torch.randn(32, 1, 8, 8), torch.rand(32, N)
-_, many_predictions, many_masks = dmae(many, SIGMA, 0.75, many_noise, many_u)
+hook = dmae.decoder_blocks[0].register_forward_pre_hook(lambda module, inputs: caught.update(s=inputs[0]))
+many, many_noise, many_numbers = test[:32], torch.randn(32, 1, 8, 8), torch.rand(32, N)
+_, many_predictions, many_masks = dmae(many, SIGMA, 0.75, many_noise, many_numbers)
 hook.remove()
-latent, _, _ = dmae.encode(many + SIGMA * many_noise, 0.75, many_u)
+latent, _, _ = dmae.encode(many + SIGMA * many_noise, 0.75, many_numbers)
 for image in range(32):
-    order, _, dropped = choose(many_u[image].tolist(), 0.75)
+    order, _, dropped = choose(many_numbers[image].tolist(), 0.75)
     X = decoder_input(dmae, latent[image], torch.tensor(order), torch.tensor(dropped))[None]
-    torch.testing.assert_close(caught["t"][image], X[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(caught["s"][image], X[0], rtol=1e-4, atol=1e-5)
     for block in dmae.decoder_blocks:
         X = run_block(X, block)
     predicted = dmae.decoder_pred(layer_norm(X, dmae.decoder_norm))[0, 1:]
@@ -970,25 +972,26 @@ print("eight images, two ways, one loss")
 #
 # $$
 # \begin{aligned}
-# a_t &= \beta_1 a_{t-1} + (1-\beta_1)\,\nabla_t, \qquad b_t = \beta_2 b_{t-1} + (1-\beta_2)\,\nabla_t^2, \\
+# \overline{\nabla}_t &= \beta_1 \overline{\nabla}_{t-1} + (1-\beta_1)\,\nabla_t, \qquad
+# \overline{\nabla^2}_t = \beta_2 \overline{\nabla^2}_{t-1} + (1-\beta_2)\,\nabla_t^2, \\
 # w_t &= (1 - \text{lr}\cdot\text{wd})\,w_{t-1}
-# {} - \text{lr}\,\frac{a_t / (1-\beta_1^t)}{\sqrt{b_t / (1-\beta_2^t)} + 10^{-8}} ,
+# {} - \text{lr}\,\frac{\overline{\nabla}_t / (1-\beta_1^t)}{\sqrt{\overline{\nabla^2}_t / (1-\beta_2^t)} + 10^{-8}} ,
 # \end{aligned} \tag{3.19}
 # $$
 #
-# with $a_0 = b_0 = 0$. The divisions by $1-\beta^t$ undo that zero start: $a_t$ is a weighted sum of $t$ gradients
-# whose weights add up to $1-\beta_1^t$. Pre-training has $\beta_1 = 0.9$ and $\beta_2 = 0.95$. The usual $0.999$
-# remembers a thousand steps; 0.95 remembers twenty, and forgets a sudden large gradient as soon.
+# where both means start at 0. The divisions by $1-\beta^t$ undo that: $\overline{\nabla}_t$ is a weighted sum of $t$
+# gradients whose weights add up to $1-\beta_1^t$. Pre-training has $\beta_1 = 0.9$ and $\beta_2 = 0.95$. The usual
+# $0.999$ remembers a thousand steps; 0.95 remembers twenty, and forgets a sudden large gradient as soon.
 #
-# The quotient has no unit. A weight moves by about lr per step, whether its gradients are large or small.
+# The quotient has no unit. A weight moves by lr per step at most, roughly, whether its gradients are large or small.
 
 # %%
-def adamw_step(weight, gradient, a, b, t, lr, decay, beta_1=0.9, beta_2=0.95):
+def adamw_step(weight, gradient, mean, square, t, lr, decay, beta_1=0.9, beta_2=0.95):
     """Equation (3.19): the new weight and the new running means."""
-    a = beta_1 * a + (1 - beta_1) * gradient
-    b = beta_2 * b + (1 - beta_2) * gradient**2
-    step = (a / (1 - beta_1**t)) / ((b / (1 - beta_2**t)).sqrt() + 1e-8)
-    return (1 - lr * decay) * weight - lr * step, a, b
+    mean = beta_1 * mean + (1 - beta_1) * gradient
+    square = beta_2 * square + (1 - beta_2) * gradient**2
+    step = (mean / (1 - beta_1**t)) / ((square / (1 - beta_2**t)).sqrt() + 1e-8)
+    return (1 - lr * decay) * weight - lr * step, mean, square
 
 
 args = pretrain.parse([])                                                                 # the recipe "digits"
@@ -1020,14 +1023,14 @@ print(f"five steps of all {len(trained)} tensors agree with pretrain.build_optim
 def trace(coupled, scale, steps=2000, lr=4e-3, decay=0.05):
     """A weight that starts at 1 under noisy gradients of size `scale`: the mean of 200 runs, at every step."""
     generator = torch.Generator().manual_seed(0)
-    weight, a, b = torch.ones(200, dtype=torch.float64), 0.0, 0.0
+    weight, mean, square = torch.ones(200, dtype=torch.float64), 0.0, 0.0
     means = []
     for t in range(1, steps + 1):
         gradient = scale * torch.randn(200, generator=generator, dtype=torch.float64)
         if coupled:
-            weight, a, b = adamw_step(weight, gradient + decay * weight, a, b, t, lr, 0.0)
+            weight, mean, square = adamw_step(weight, gradient + decay * weight, mean, square, t, lr, 0.0)
         else:
-            weight, a, b = adamw_step(weight, gradient, a, b, t, lr, decay)
+            weight, mean, square = adamw_step(weight, gradient, mean, square, t, lr, decay)
         means.append(weight.mean().item())
     return np.array(means)
 
@@ -1051,15 +1054,17 @@ plt.show()
 # %% [markdown]
 # **What decays.** Matrices. Not biases, nor the gains and biases of LayerNorm (vectors), nor the class and mask tokens,
 # nor positions (which pre-training does not train at all). Decay keeps linear maps from growing. A bias has nothing to
-# do with that, and pulling a gain to zero would switch its layer off. `model.decays` says so in one line:
+# do with that, and pulling a gain to zero would switch its layer off. `model.decays` decides by name and shape; here we
+# ask the layers what they are.
 
 # %%
-show(model.decays)
+linear = torch.nn.Linear | torch.nn.Conv2d
+matrices = {f"{name}.weight" for name, module in student.named_modules() if isinstance(module, linear)}
 groups = {True: [], False: []}
 for name, parameter in trained.items():
-    groups[model.decays(name, parameter)].append(name)
+    assert model.decays(name, parameter) == (name in matrices)
+    groups[name in matrices].append(name)
 sizes = {kind: sum(trained[name].numel() for name in names) for kind, names in groups.items()}
-assert all(name.endswith("weight") and "norm" not in name for name in groups[True])
 assert all(name.endswith(("bias", "token")) or "norm" in name for name in groups[False])
 assert [len(group["params"]) for group in optimizer.param_groups] == [len(groups[True]), len(groups[False])]
 assert sum(sizes.values()) == sum(parameter.numel() for parameter in dmae.parameters()) - dmae.pos_embed.numel() \
@@ -1068,16 +1073,18 @@ print(f"{len(groups[True])} matrices with {sizes[True]:,} weights decay; {len(gr
       f"{sizes[False]:,} do not, such as {groups[False][0]} and {groups[False][-1]}")
 
 # %% [markdown]
-# **The learning rate over time.** A straight line up to the peak in $s_w$ of $s$ steps, then half a cosine down to 0:
+# **The learning rate over time.** A straight line up to the peak at step $t_{\text{warm}}$, then half a cosine down to
+# 0 at $t_{\text{end}}$:
 #
 # $$
-# \text{lr}(t) = \text{peak} \cdot \begin{cases} t / s_w & t < s_w, \\
-# \tfrac12\Bigl(1 + \cos\pi\,\dfrac{t - s_w}{s - s_w}\Bigr) & t \ge s_w . \end{cases} \tag{3.20}
+# \text{lr}(t) = \text{peak} \cdot \begin{cases} t / t_{\text{warm}} & t < t_{\text{warm}}, \\
+# \tfrac12\Bigl(1 + \cos\pi\,\dfrac{t - t_{\text{warm}}}{t_{\text{end}} - t_{\text{warm}}}\Bigr)
+# & t \ge t_{\text{warm}} . \end{cases} \tag{3.20}
 # $$
 #
-# Warm-up, because the running means $b_t$ of the first steps are guesses from a few gradients, and dividing by a bad
-# guess makes bad steps. The long way down, because a fixed step size leaves the weights jittering around a minimum, at
-# a distance that shrinks with the step.
+# Warm-up, because the running means of squares in the first steps are guesses from a few gradients, and dividing by a
+# bad guess makes bad steps. The long way down, because a fixed step size leaves the weights jittering around a minimum,
+# at a distance that shrinks with the step.
 #
 # **And over batches.** The peak of a recipe is given per 256 images,
 #
@@ -1189,6 +1196,12 @@ for processes in (2, 4):
     assert device_batch * micro_batches * processes == 128
     assert sorted(dealt) == sorted(everything) and len(set(dealt)) == len(dealt)
 print("2 or 4 processes see the images that one process sees, each of them once")
+try:
+    pretrain.share_batch(128, 3, largest=128)
+except ValueError as refusal:
+    print(f"3 processes: {refusal}")
+else:
+    raise AssertionError("unequal shares must be refused")
 
 # %% [markdown]
 # **Now with two real processes.** The script below is started by `torchrun` on this machine's CPU (with `gloo` for the
@@ -1265,9 +1278,9 @@ torch.save(found, f"{folder}/rank{rank}.pt")
 '''
 
 torch.manual_seed(1)
-fixed_noise, fixed_u = torch.randn_like(train), torch.rand(len(train), N)
+fixed_noise, fixed_numbers = torch.randn_like(train), torch.rand(len(train), N)
 with tempfile.TemporaryDirectory() as folder:
-    torch.save((fixed_noise, fixed_u), f"{folder}/fixed.pt")
+    torch.save((fixed_noise, fixed_numbers), f"{folder}/fixed.pt")
     Path(folder, "shares.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, f"{folder}/shares.py", folder], capture_output=True, text=True, timeout=300,
@@ -1282,7 +1295,7 @@ with tempfile.TemporaryDirectory() as folder:
 def gradient(images):
     """The gradient of the mean loss of these training images, each with its fixed noise and mask numbers."""
     network = pretrain.build_model(args, torch.device("cpu"))                             # before its first step
-    loss, _, _ = network(train[images], args.sigma, args.mask_ratio, fixed_noise[images], fixed_u[images])
+    loss, _, _ = network(train[images], args.sigma, args.mask_ratio, fixed_noise[images], fixed_numbers[images])
     loss.backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
 
@@ -1319,11 +1332,11 @@ print(f"shares of 120 and 8: differs by {difference(unequal, together):.0%}")
 # that imitates two, rank by rank with the ranks' own seeds, must reproduce the losses of the two.
 
 # %%
-ours = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 0)
+first = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 0)
 again = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 0)
 other_rank = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 1)
-assert torch.equal(ours[0], again[0]) and torch.equal(ours[1], again[1])
-assert abs(torch.corrcoef(torch.stack([ours[0].flatten(), other_rank[0].flatten()]))[0, 1]) < 0.1
+assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+assert abs(torch.corrcoef(torch.stack([first[0].flatten(), other_rank[0].flatten()]))[0, 1]) < 0.1
 
 
 def three_losses(processes, device_batch):
@@ -1385,7 +1398,7 @@ for probe in (False, True):
 # **Certification** needs no gradient, and its processes exchange no counts. Images are dealt by stride,
 # `[rank::world]`. Each rank appends the rows of its images to a file of its own. At the end all wait for each other
 # once, and rank 0 merges the files, sorted by image (`certify.gather_parts` does the same after an interruption). An
-# image's noise is drawn from (seed, image, phase). The row so depends neither on how many processes there were nor on
+# image's noise is drawn from (seed, image, phase). So the row depends neither on how many processes there were nor on
 # which of them did it. Here with a linear classifier, the nearest class mean:
 
 # %%
@@ -1506,8 +1519,8 @@ plt.show()
 # needed for that, and this is the sense in which the loss over kept patches is density estimation. The line of the
 # scripts that makes it so is the loss of section 3.9: the square of prediction minus *clean* target.
 #
-# **Check on a Gaussian mixture.** Let $\pi = \sum_j \omega_j\,\mathcal N(c_j, \Sigma_j)$ in the plane, with weights
-# $\omega_j$ that add up to 1. Then $p = \sum_j \omega_j\,\mathcal N(c_j, \Sigma_j+\sigma^2I)$. One side of the formula
+# **Check on a Gaussian mixture.** Let $\pi = \sum_j \pi_j\,\mathcal N(\bar x_j, \Sigma_j)$ in the plane, with weights
+# $\pi_j$ that add up to 1. Then $p = \sum_j \pi_j\,\mathcal N(\bar x_j, \Sigma_j+\sigma^2I)$. One side of the formula
 # is computed by automatic differentiation of $\log p$. The other is computed by brute force, without any formula for
 # the posterior: draw millions of pairs $(x, \tilde x)$ and average the $x$ of those whose $\tilde x$ fell into a small
 # cell. And once more by integrating Bayes' rule on a grid.
