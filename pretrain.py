@@ -137,7 +137,7 @@ RECIPES = {
     "cifar10": dict(                       # ours: a small ViT from nothing on one GPU
         dataset="cifar10",
         data_path="data",
-        model="vit_cifar",
+        model="vit_cifar_small",
         image_size=32,
         normalisation="cifar10",
         holdout=0.04,
@@ -150,7 +150,7 @@ RECIPES = {
         device_batch=512,
         epochs=200,
         warmup_epochs=10,
-        base_lr=3e-4,
+        base_lr=5e-4,
         weight_decay=0.05,
         log_every=50,
         save_every=1000,
