@@ -944,7 +944,6 @@ class Summary:
     def accuracy(self, r):
         return self.right(r) / self.m
 
-
     def guaranteed(self, r, among=1):
         """Lower bound, at 99.9 % for so many summaries at once, of the share on which g is right within r."""
         return max(0, self.right(r) - excess(self.m, self.alpha, 0.001 / among)) / self.m
@@ -957,7 +956,7 @@ def settings_of(path):
         return None
     settings = json.loads(file.read_text())
     of_the_job = {*MAY_CHANGE, "shard", "max", "skip", "radii", "device", "compile", "any_sigma", "recipe"}
-    return {key: value for key, value in settings.items() if key not in of_the_job}
+    return {key: value for key, value in settings.items() if key not in of_the_job and value is not None}
 
 
 def merge(logs):
@@ -1138,7 +1137,10 @@ def plot(path, summaries, published=None):
     if published:
         radii, methods = PUBLISHED[published]
         for (name, values), mark in zip(methods.items(), "os^vDX*Ph", strict=True):
-            axis.plot(radii, values, mark, color="0.35", markersize=5, fillstyle="none", label=name)
+            if name.startswith("DMAE"):
+                axis.plot(radii, values, mark, color="black", markersize=8, label=name)
+            else:
+                axis.plot(radii, values, mark, color="0.6", markersize=5, fillstyle="none", label=name)
     axis.set(xlabel="certified $\\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
     axis.set(xlim=(0, None), ylim=(0, 100))
     axis.grid(alpha=0.3)
