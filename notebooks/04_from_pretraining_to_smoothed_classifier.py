@@ -212,7 +212,8 @@ plt.show()
 show(finetune.classification_loss)
 
 # %% [markdown]
-# Its first term, from the equation: with targets $t$ (shares of classes, one-hot unless images were mixed) and label
+# The branches are the objectives, which notebook 06 explains one by one. Here it is the last branch, without an attack:
+# cross-entropy, and the consistency term of section 4.5. The first of them from its equation: with targets $t$ (shares of classes, one-hot unless images were mixed) and label
 # smoothing $s$, whose point section 4.3 explains,
 #
 # $$ \frac1{mB}\sum_{i=1}^{m}\sum_{b=1}^{B} -\sum_{c=1}^K \big[(1-s)\,t_{b,c} + s/K\big]\,\log F_c(x_b + e_{i,b}).
@@ -227,7 +228,7 @@ def cross_entropy_of_copies(logits, targets, s):
 
 logits, targets = 3 * torch.randn(2, 50, 10, dtype=torch.float64), torch.rand(50, 10, dtype=torch.float64).softmax(1)
 for s in (0.0, 0.1):
-    theirs = F.cross_entropy(logits.flatten(0, 1), targets.repeat(2, 1), label_smoothing=s)      # the scripts' call
+    theirs = finetune.cross_entropy(logits, targets, s)
     assert torch.allclose(cross_entropy_of_copies(logits, targets, s), theirs, atol=1e-12)
 
 # %% [markdown]
