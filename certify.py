@@ -153,7 +153,8 @@ def parse(argv):
                         help="FILE.py:NAME, a callable from (B, C, H, W) in [0, 1] to logits, instead")
     parser.add_argument("--consensus", type=number(int, least=0),
                         help="K: where the first K checkpoints agree, spare the others; 0: always average")
-    parser.add_argument("--denoiser", help="checkpoint of pretrain.py that denoises what is classified")
+    parser.add_argument("--denoiser",
+                        help="checkpoint of pretrain.py --no-norm-pix that denoises what is classified")
     parser.add_argument("--recipe", choices=RECIPES, help="data set, n, radii")
     parser.add_argument("--dataset", choices=DATASETS)
     parser.add_argument("--data-path", help="where the data set lies")
@@ -1196,7 +1197,8 @@ class Consensus:
 
         result = logits[0].clone()                                                   # B classes
         pack = min(self.pack, len(x))
-        for copies in disputed.split(pack) if len(disputed) else ():
+        for first in range(0, len(disputed), pack):
+            copies = disputed[first:first + pack]
             padded = torch.nn.functional.pad(copies, (0, pack - len(copies)))        # copy 0 fills it up
             votes = [*logits[:, padded], *(network(x[padded]) for network in self.others)]
             result[copies] = sum(votes)[:len(copies)]
@@ -1341,8 +1343,21 @@ def all_networks():
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
 
 
+def hash_of_weights(networks):
+    """A sha256 of all their weights, in whatever order they come; None if there are none."""
+    hashes = []
+    for network in networks:
+        for tensor in [*network.parameters(recurse=False), *network.buffers(recurse=False)]:
+            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            hashes.append(hashlib.sha256(content.numpy()).hexdigest())
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest() if hashes else None
+
+
 def load_callable(place, device):
-    """What FILE.py:NAME names: a callable; the networks that the file makes in eval mode, on the device."""
+    """What FILE.py:NAME names: a callable; the networks that the file makes in eval mode, on the device.
+
+    Its .weights_sha256 tells two runs of one file with other weights apart.
+    """
     file, _, name = place.partition(":")
     require(Path(file).is_file(), f"there is no {file} (--classifier FILE.py:NAME)")
     known = {id(network) for network in all_networks()}
@@ -1351,9 +1366,8 @@ def load_callable(place, device):
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     require(callable(found), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-    for network in all_networks():
-        if id(network) in known:
-            continue
+    networks = [network for network in all_networks() if id(network) not in known]
+    for network in networks:
         if network.training:
             say(f"{file}: a {type(network).__name__} is put into eval mode")
         network.to(device).eval()
@@ -1366,6 +1380,7 @@ def load_callable(place, device):
             sentence = f"{place} failed: {type(error).__name__}: {error}"
             raise ClassifierError(sentence.splitlines()[0]) from None
 
+    classifier.weights_sha256 = hash_of_weights(networks)
     return classifier
 
 
@@ -1530,6 +1545,7 @@ def certify_test_images(args, checkpoints, classifier, rule, rank, world, device
     settings = vars(args) | {"sha256": hashes, "function": function}
     settings["denoiser_sha256"] = args.denoiser and sha256(args.denoiser)
     settings["consensus"] = args.consensus or None                     # None: as in runs before there was one
+    settings["weights_sha256"] = classifier.networks[0].weights_sha256 if args.classifier else None
     stem = run_stem(args)
     result = Path(f"{stem}.tsv")
     with run_directory(stem, settings, MAY_CHANGE, result, args.overwrite):
@@ -1888,16 +1904,19 @@ def open_mnist(dataset, data_path, train):
         say(f"{folder} is empty: {len(labels):,} images are read from {part}-*.gz")
         return pixels, labels, source.classes
 
+    cause = "another process says why"
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(RuntimeError, OSError):               # then the files are missing: see below
+        try:
             source(data_path, download=True)
+        except (RuntimeError, OSError) as error:                       # then the files are missing: see below
+            cause = str(error).strip().splitlines()[-1]
     gather([0])                                                        # the others wait for the files
     try:
         part = source(data_path, train=train)
     except RuntimeError:
         debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
-        raise ValueError(f"{folder} lacks {dataset}, and the download failed: run this once where there is a "
-                         f"network, and bring the folder here{debian}") from None
+        raise ValueError(f"{folder} lacks {dataset}, and the download failed ({cause}): run this once where "
+                         f"there is a network, and bring the folder here{debian}") from None
     return part.data, part.targets, source.classes
 
 

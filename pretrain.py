@@ -89,7 +89,7 @@ PAPER = dict(                              # section 4.1 and appendix: ImageNet
     log_every=5,                           # steps
     save_every=100,                        # steps
 )
-FASHION = dict(                            # ours: a small ViT on two CPU cores
+FASHION = dict(                            # ours, for two CPU cores; not tuned yet
     dataset="fashion-mnist",
     data_path="data",
     model="vit_fashion",
@@ -103,7 +103,7 @@ FASHION = dict(                            # ours: a small ViT on two CPU cores
     norm_pix=False,
     batch=256,
     device_batch=256,
-    epochs=30,
+    epochs=20,
     warmup_epochs=2,
     base_lr=1e-3,
     weight_decay=0.05,
@@ -1039,16 +1039,19 @@ def open_mnist(dataset, data_path, train):
         say(f"{folder} is empty: {len(labels):,} images are read from {part}-*.gz")
         return pixels, labels, source.classes
 
+    cause = "another process says why"
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(RuntimeError, OSError):               # then the files are missing: see below
+        try:
             source(data_path, download=True)
+        except (RuntimeError, OSError) as error:                       # then the files are missing: see below
+            cause = str(error).strip().splitlines()[-1]
     gather([0])                                                        # the others wait for the files
     try:
         part = source(data_path, train=train)
     except RuntimeError:
         debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
-        raise ValueError(f"{folder} lacks {dataset}, and the download failed: run this once where there is a "
-                         f"network, and bring the folder here{debian}") from None
+        raise ValueError(f"{folder} lacks {dataset}, and the download failed ({cause}): run this once where "
+                         f"there is a network, and bring the folder here{debian}") from None
     return part.data, part.targets, source.classes
 
 

@@ -329,12 +329,15 @@ def picture_files(path, repeats):
     crop = v2.RandomResizedCrop(224, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC)
     plain = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
     on_tensors = v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip()])
-    ours = pretrain.make_augment("resized-crop", Images(torch.zeros(len(files)), [], 224, 3, 255, files=files))
+    images = Images(torch.zeros(len(files)), [], 224, 3, 255, files=files)
+    ours = pretrain.make_augment("resized-crop", images)
+    tuning = finetune.make_augment("rand-augment", images, 0.25)
     decode = lambda file: Image.open(file).convert("RGB")
     ways = {"decoding alone": decode,
             PLAIN: lambda file: plain(decode(file)),
             TENSORS: lambda file: on_tensors(decode(file)),
-            OURS: lambda file: ours(open_picture(file, 3))}
+            OURS: lambda file: ours(open_picture(file, 3)),
+            "ours, for fine-tuning: RandAugment": lambda file: tuning(open_picture(file, 3))}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                          # as in a worker
     all_files = {name: lambda way=way: [way(file) for file in files] for name, way in ways.items()}

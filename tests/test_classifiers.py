@@ -244,3 +244,20 @@ def test_fine_tunings_evaluation_refuses_logits_that_are_none():
         vit.head.bias[2] = float("nan")
     with pytest.raises(finetune.RunError, match="40 images or copies got NaN.*fp32"):
         finetune.evaluate(vit, images, torch.arange(20), 0.25, 0, 10, 0, 0, 1, CPU)
+
+
+def test_another_network_from_the_same_file_is_another_classifier(monkeypatch, tmp_path, capsys):
+    """The file is the same; what it reads, by an environment variable for instance, is not."""
+    file = tmp_path / "mine.py"
+    file.write_text("import os\nimport torch\ntorch.manual_seed(int(os.environ['WHICH']))\n"
+                    "f = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n")
+    line = ["--sigma", "0.25", "--classifier", f"{file}:f", "--n", "100", "--n0", "10", "--max", "2", "--device", "cpu",
+            "--out", str(tmp_path)]
+    monkeypatch.setenv("WHICH", "1")
+    certify.main(line)
+    certify.main(line)
+    assert "is done" in capsys.readouterr().out
+    monkeypatch.setenv("WHICH", "2")
+    with pytest.raises(SystemExit):
+        certify.main(line)
+    assert "other settings (weights_sha256" in capsys.readouterr().err

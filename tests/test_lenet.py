@@ -80,7 +80,7 @@ def test_trained_and_certified(lenet, data_path, monkeypatch, tmp_path, capsys, 
     line = ["--sigma", "0.25", "--recipe", "fashion", "--data-path", data_path, "--out", str(out), "--device", "cpu",
             "--classifier", f"{FOLDER}/lenet.py:classifier", "--n", "100", "--n0", "20", "--skip", "4"]
     with pytest.raises(SystemExit):
-        certify.main(line)
+        certify.main([*line, "--out", str(tmp_path / "none")])
     assert "LENET names no lenet.pt" in capsys.readouterr().err
     monkeypatch.setenv("LENET", str(out / "lenet.pt"))
     certify.main(line)

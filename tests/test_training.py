@@ -796,6 +796,7 @@ def five_steps(out, folder):
     pretrain.main([*common, "--device-batch", "16", "--out", f"{out}/accumulated"])
     finetune.main([*common, *tune, "--device-batch", "16", "--out", f"{out}/finetuned"])
     finetune.main([*common, *tune, "--device-batch", "16", "--objective", "smoothadv", "--attack-eps", "0.3",
+                   "--objective-warmup", "2", "--copies", "2",
                    "--out", f"{out}/attacked"])
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for stage, more in ((pretrain, []), (finetune, tune)):

@@ -66,7 +66,10 @@ def train(job):
     started = time.process_time()
     stage = pretrain if name == "mae" else finetune
     with open(out / "output", "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        stage.main([*flags.split(), "--out", str(out), "--device", "cpu"])
+        try:
+            stage.main([*flags.split(), "--out", str(out), "--device", "cpu", "--overwrite"])
+        except SystemExit as error:                                  # a pool would wait for ever
+            raise RuntimeError(f"{name} failed, see {out}/output") from error
     clock.write_text(f"{time.process_time() - started:.1f}")
     return name
 
