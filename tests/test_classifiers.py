@@ -254,10 +254,10 @@ def test_another_network_from_the_same_file_is_another_classifier(monkeypatch, t
     line = ["--sigma", "0.25", "--classifier", f"{file}:f", "--n", "100", "--n0", "10", "--max", "2", "--device", "cpu",
             "--out", str(tmp_path)]
     monkeypatch.setenv("WHICH", "1")
-    certify.main(line)
-    certify.main(line)
+    c.main(line)
+    c.main(line)
     assert "is done" in capsys.readouterr().out
     monkeypatch.setenv("WHICH", "2")
     with pytest.raises(SystemExit):
-        certify.main(line)
+        c.main(line)
     assert "other settings (weights_sha256" in capsys.readouterr().err
