@@ -8,6 +8,8 @@ tuning.jsonl keeps what was tried. Then every run is certified on each third tes
 Equal time: as many epochs as take the processor time of consistency's 10. Last, a denoiser before a clean classifier, and
 ensembles of the three seeds, with and without a consensus of two.
 
+    python results/digits/objectives.py --table                                 # the table and objectives.png of what is there
+
 Runs are pieces that resume: what is finished lies in runs/objectives and is not done again. Times are of the processor.
 """
 
@@ -170,10 +172,80 @@ def tune(workers, device):
     return {"gaussian": "", **{objective: flags for objective, (_, flags) in best.items()}}, strongest
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Table and picture
+# ----------------------------------------------------------------------------------------------------------
+
+
+def groups_of(rows):
+    """{(part, objective, init, sigma): rows of its seeds}."""
+    groups = {}
+    for row in rows:
+        name = row["objective"]
+        if row["part"] == "ensemble":
+            name += ", consensus of 2" if "--consensus" in row["command"] else ", ensemble of 3"
+        groups.setdefault((row["part"], name, row["init"], row["sigma"]), []).append(row)
+    return groups
+
+
+def mean_and_spread(values):
+    """Mean, and standard deviation over the seeds where there are several."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return f"{mean:.3f} ± {spread:.3f}"
+
+
+def print_table(rows):
+    print("| part | objective | encoder | σ | epochs | seconds | ACR, one-sided | ACR, two-sided | r = 0 | 0.25 | 0.5 | 1 |")
+    print("|---" * 12 + "|")
+    for (part, name, init, sigma), same in groups_of(rows).items():
+        acr = [mean_and_spread([row[bound]["acr"] for row in same]) for bound in certify.BOUNDS]
+        at = [f"{100 * sum(row['one-sided']['certified'][r] for row in same) / len(same):.1f}"
+              for r in ("0", "0.25", "0.5", "1")]
+        epochs = sum(row["epochs"] for row in same) / len(same)
+        seconds = [row["seconds"] for row in same if "seconds" in row]
+        taken = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
+        print(f"| {part} | {name} | {init} | {sigma:g} | {epochs:.0f} | {taken} | {' | '.join(acr + at)} |")
+
+
+def draw(rows, path):
+    """ACR (two-sided) over the processor seconds of fine-tuning: a mark for each method, its seeds small."""
+    from matplotlib.figure import Figure
+
+    colours = dict(gaussian="0.4", consistency="#0072b2", smoothadv="#d55e00", macer="#009e73", smoothmix="#cc79a7")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axis, sigma in zip(figure.subplots(1, 3), SIGMAS, strict=True):
+        for (part, name, init, at), same in groups_of(rows).items():
+            if at != sigma or init != "dmae" or part not in ("equal epochs", "equal time"):
+                continue
+            seconds = [row["seconds"] for row in same]
+            acr = [row["two-sided"]["acr"] for row in same]
+            centre = (sum(seconds) / len(seconds), sum(acr) / len(acr))
+            mark = "o" if part == "equal epochs" else "s"
+            axis.plot(seconds, acr, mark, color=colours[name], markersize=3, alpha=0.6)
+            axis.plot(*centre, mark, color=colours[name], markersize=9)
+            if part == "equal epochs":
+                axis.annotate(name, centre, (7, 5), textcoords="offset points", color=colours[name], fontsize=9)
+        axis.set(title=f"$\\sigma$ = {sigma:g}", xlabel="fine-tuning, processor seconds")
+        axis.margins(x=0.25)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("average certified radius, two-sided")
+    figure.suptitle("circles: equal epochs; squares: the time of consistency; large: mean of three seeds", fontsize=10)
+    figure.savefig(path, dpi=110, facecolor="white")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="processes that train")
+    parser.add_argument("--table", action="store_true", help="print the table, draw the picture, and end")
     args = parser.parse_args(argv)
+    if args.table:
+        rows = [json.loads(line) for line in (HERE / "objectives.jsonl").read_text().splitlines()]
+        print_table(rows)
+        draw(rows, HERE / "objectives.png")
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ["OMP_NUM_THREADS"] = "1"
 
