@@ -421,9 +421,9 @@ axes[1].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Left: cross-entropy has nearly lost interest at a score of 0.9. The hinge has not: its slope *grows* towards 1, since
-# there a vote is worth most radius. That is its strength, and why it may run away: with a large $\lambda_M$ from the
-# start, the easy images take over. So $\lambda_M$ is zero for the first part of the training (`strength_of`).
+# Left: beyond a score of 0.9 cross-entropy has a tenth left to gain, and its slope falls. The hinge's slope *grows*
+# towards 1, since there a vote is worth most radius. That is its strength and its danger: images that are easy already
+# pull hardest. So $\lambda_M$ is zero for the first part of the training (`strength_of`).
 #
 # Right: with $\beta_M = 1$ the soft radius is below the voted one. With $\beta_M = 16$ it follows it. (Scores and
 # shares of votes beyond 0.995 are drawn as 0.995, since 200 votes can tell no more. No radius here is a certificate.)
@@ -840,8 +840,8 @@ plt.show()
 #
 # **What this can and cannot show.** These are digits of 8 × 8 pixels, a network of 100 000 parameters, a few epochs,
 # and 120 test images. Nothing here is evidence about ImageNet. The hyperparameters were chosen on held-out *training*
-# images, at $\sigma = 0.5$ and one seed; lengths are scaled with $\sigma$. Each was tried once, so that differences
-# within a method are of the size of a seed's luck. `tuning.jsonl` keeps what was tried:
+# images, at $\sigma = 0.5$ and one seed; lengths are scaled with $\sigma$. Each was tried with one seed, so that
+# small differences within a method mean little. `tuning.jsonl` keeps what was tried:
 
 # %%
 sys.path.insert(0, str(DIGITS))
@@ -1111,7 +1111,7 @@ for sigma in (0.25, 0.5, 1.0):
 # 1. No: with a linear $f$ every copy's gradient is a multiple of the plane's normal, and so is any mean with positive
 #    weights. For a network it does: $J$ weights each copy's gradient by its score $F_{i,y}$, so that copies that are
 #    lost already count little, while (6.1) gives all the same weight.
-# 2. $p_A$ falls to $\Phi(\Phi^{-1}(0.99) - 1) = \Phi(1.326) = 0.908$ at worst: nine votes in a hundred more are lost.
+# 2. $p_A$ falls to $\Phi(\Phi^{-1}(0.99) - 1) = \Phi(1.326) = 0.908$ at worst: eight votes in a hundred more are lost.
 # 3. $\xi = 2\,\Phi^{-1}(z_y)$, so the slope is $-\lambda_M\sigma/\varphi(\Phi^{-1}(z_y))$: at 0.9 it is
 #    $-5.70\,\lambda_M\sigma$, at 0.99 $-37.5\,\lambda_M\sigma$. $J$ has $-1/z_y$: $-1.11$ and $-1.01$. Equal at 0.9 for
 #    $\lambda_M = 1.11/(5.70 \cdot 0.25) = 0.78$.
