@@ -17,7 +17,7 @@
 # %% [markdown]
 # # 5. Certifying, and trying to break it
 #
-# [previous: 04](04_from_pretraining_to_smoothed_classifier.ipynb) | next: notebook 06 | [contents](README.md)
+# [previous: 04](04_from_pretraining_to_smoothed_classifier.ipynb) | [next: 06](06_the_rivals.ipynb) | [contents](README.md)
 #
 # A certificate is a promise about an infinite set: *no* perturbation shorter than $R$ changes the answer. This notebook
 # makes such promises for handwritten digits, adds them up to the curve that papers report, and then attacks them.
@@ -771,4 +771,4 @@ temporary.cleanup()
 # * J. Lei et al., *Robust representation consistency model via contrastive denoising*, ICLR 2025,
 #   [arXiv 2501.13094](https://arxiv.org/abs/2501.13094).
 #
-# [previous: 04](04_from_pretraining_to_smoothed_classifier.ipynb) | next: notebook 06 | [contents](README.md)
+# [previous: 04](04_from_pretraining_to_smoothed_classifier.ipynb) | [next: 06](06_the_rivals.ipynb) | [contents](README.md)

@@ -20,8 +20,8 @@ def code(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_the_five_of_them():
-    assert [source.name[:2] for source in SOURCES] == ["01", "02", "03", "04", "05"]
+def test_there_are_the_six_of_them():
+    assert [source.name[:2] for source in SOURCES] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
