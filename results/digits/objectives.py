@@ -29,7 +29,7 @@ import certify
 import finetune
 import pretrain
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))            # commands in the rows name no folder of ours
 RUNS = Path("runs/objectives")
 DMAE = HERE / "pretrain.pt"
 MAE = RUNS / "mae" / "pretrain.pt"
