@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from model import build_dmae, build_vit
 
 ROOT = Path(__file__).parents[1]
 
+signal.signal(signal.SIGINT, signal.default_int_handler)                  # which a shell's background jobs ignore
 torch.set_num_threads(1)                         # threads that wait for each other on a busy machine are many times slower
 
 
