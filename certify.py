@@ -1862,10 +1862,7 @@ def open_images(dataset, data_path, train, size, channels):
     elif dataset == "cifar10":
         from torchvision.datasets import CIFAR10
 
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            CIFAR10(data_path, download=True)
-        gather([0])                                                    # the others wait for the files
-        part = CIFAR10(data_path, train=train)
+        part = download(CIFAR10, data_path, train, f"{data_path}/{CIFAR10.base_folder} lacks cifar10")
         pixels = torch.from_numpy(part.data).movedim(3, 1).contiguous()
         images = Images(torch.tensor(part.targets), part.classes, 32, 3, 255, pixels=pixels)
 
@@ -1889,6 +1886,25 @@ def open_images(dataset, data_path, train, size, channels):
     return images
 
 
+def download(source, data_path, train, lacking, other_way=""):
+    """torchvision's data set `source`, which one process of a machine downloads into data_path if need be.
+
+    Where that fails, `lacking` says what there is not, and `other_way` how else to get it.
+    """
+    cause = "another process says why"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            source(data_path, download=True)
+        except (RuntimeError, OSError) as error:                       # then the files are missing: see below
+            cause = str(error).strip().splitlines()[-1]
+    gather([0])                                                        # the others wait for the files
+    try:
+        return source(data_path, train=train)
+    except RuntimeError:
+        raise ValueError(f"{lacking}, and the download failed ({cause}): run this once where there is a "
+                         f"network, and bring the folder here{other_way}") from None
+
+
 def open_mnist(dataset, data_path, train):
     """(pixels (M, 28, 28), labels (M,), classes) of MNIST or Fashion-MNIST."""
     from torchvision.datasets import MNIST, FashionMNIST
@@ -1904,19 +1920,8 @@ def open_mnist(dataset, data_path, train):
         say(f"{folder} is empty: {len(labels):,} images are read from {part}-*.gz")
         return pixels, labels, source.classes
 
-    cause = "another process says why"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            source(data_path, download=True)
-        except (RuntimeError, OSError) as error:                       # then the files are missing: see below
-            cause = str(error).strip().splitlines()[-1]
-    gather([0])                                                        # the others wait for the files
-    try:
-        part = source(data_path, train=train)
-    except RuntimeError:
-        debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
-        raise ValueError(f"{folder} lacks {dataset}, and the download failed ({cause}): run this once where "
-                         f"there is a network, and bring the folder here{debian}") from None
+    debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
+    part = download(source, data_path, train, f"{folder} lacks {dataset}", debian)
     return part.data, part.targets, source.classes
 
 

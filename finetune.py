@@ -112,22 +112,15 @@ PAPER = dict(                              # section 4.2 and appendix: ImageNet,
     log_every=20,                          # steps
     save_every=500,                        # steps
 )
-FASHION = dict(                            # ours, for two CPU cores; not tuned yet
-    dataset="fashion-mnist",
+SMALL = dict(                              # ours: images of at most 64 pixels
     data_path="data",
-    model="vit_fashion",
-    image_size=28,
-    normalisation="fashion-mnist",
-    holdout=0.05,
-    augment="shift-flip",                  # by up to three pixels
+    augment="shift-flip",                  # by up to an eighth of the side
     erasing=0.0,
     mixup=0.0,
     cutmix=0.0,
     label_smoothing=0.1,
     consistency=2.0,
     consistency_eta=None,
-    epochs=10,
-    warmup_epochs=2,
     batch=256,
     device_batch=256,
     base_lr=1e-3,
@@ -139,8 +132,19 @@ FASHION = dict(                            # ours, for two CPU cores; not tuned 
     log_every=50,
     save_every=500,
 )
+FASHION = dict(                            # for two CPU cores; not tuned yet
+    SMALL,
+    dataset="fashion-mnist",
+    model="vit_fashion",
+    image_size=28,
+    normalisation="fashion-mnist",
+    holdout=0.05,
+    epochs=10,
+    warmup_epochs=2,
+)
 RECIPES = {
-    "digits": dict(                        # ours, chosen on held-out training images
+    "digits": dict(                        # chosen on held-out training images
+        SMALL,
         dataset="digits",
         data_path=None,
         model="vit_digits",
@@ -148,53 +152,26 @@ RECIPES = {
         normalisation="digits",
         holdout=0.1,
         augment="none",
-        erasing=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        label_smoothing=0.1,
-        consistency=2.0,
-        consistency_eta=None,
         epochs=60,
         warmup_epochs=5,
         batch=128,
         device_batch=128,
         base_lr=8e-3,
-        min_lr=1e-6,
-        layer_decay=0.75,
-        weight_decay=0.05,
         drop_path=0.0,
-        vote_every=10,
-        log_every=50,
         save_every=200,
     ),
     "fashion": FASHION,
     "mnist": dict(FASHION, dataset="mnist", normalisation="mnist", augment="shift"),
-    "cifar10": dict(                       # ours: a small ViT on one GPU
+    "cifar10": dict(                       # a small ViT on one GPU
+        SMALL,
         dataset="cifar10",
-        data_path="data",
         model="vit_cifar_small",
         image_size=32,
         normalisation="cifar10",
         holdout=0.04,
-        augment="shift-flip",              # by up to four pixels
-        erasing=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        label_smoothing=0.1,
         consistency=5.0,
-        consistency_eta=None,
         epochs=50,
         warmup_epochs=5,
-        batch=256,
-        device_batch=256,
-        base_lr=1e-3,
-        min_lr=1e-6,
-        layer_decay=0.75,
-        weight_decay=0.05,
-        drop_path=0.1,
-        vote_every=10,
-        log_every=50,
-        save_every=500,
     ),
     "cifar10-transfer": dict(          # paper, section 4.3: ViT-B from ImageNet, continued on CIFAR-10 or not
         PAPER,
@@ -306,10 +283,9 @@ RECIPE_OBJECTIVES = {                      # and in these recipes
     "imagenet-large": IMAGENET_OBJECTIVES,
     "imagenet-huge": IMAGENET_OBJECTIVES,
 }
-ITS_FLAGS = {                              # which no other objective has
-    "smoothadv": ("attack_eps", "attack_steps", "objective_warmup"),
-    "smoothmix": ("attack_step", "attack_steps", "smoothmix_eta", "objective_warmup"),
-    "macer": ("macer_lambda", "macer_beta", "macer_gamma", "objective_warmup"),
+ITS_FLAGS = {                              # which not every objective has
+    objective: values.keys() - {"consistency", "mixup", "cutmix", "copies", "label_smoothing"}
+    for objective, values in OBJECTIVES.items()
 }
 INHERITED = ("dataset", "data_path", "image_size", "normalisation", "holdout", "model", "model_size")
 MAY_CHANGE = {                             # when a run is continued
@@ -411,10 +387,9 @@ def parse(argv):
 def check_objective(args, given):
     """Refuse flags that the objective has no use for, and those that make it another one."""
     for flag in {flag for flags in ITS_FLAGS.values() for flag in flags} & given.keys():
-        require(flag in ITS_FLAGS.get(args.objective, ()),
+        require(flag in ITS_FLAGS[args.objective],
                 f"--{flag.replace('_', '-')} means nothing to --objective {args.objective}")
-    one_class = args.objective in ITS_FLAGS
-    require(not one_class or not (args.mixup or args.cutmix),
+    require(not ITS_FLAGS[args.objective] or not (args.mixup or args.cutmix),
             f"--objective {args.objective} needs images of one class: not --mixup, not --cutmix")
     require(args.objective != "macer" or not args.label_smoothing,
             "--objective macer has no --label-smoothing")
@@ -428,9 +403,7 @@ def check_objective(args, given):
 def objective_values(given, recipe):
     """What the objective changes in the recipe at the given sigma. (Without noise all copies are alike.)"""
     objective = given.get("objective", DEFAULTS["objective"] if given["sigma"] > 0 else "gaussian")
-    values = OBJECTIVES[objective]
-    if "objective" in given:
-        values = values | RECIPE_OBJECTIVES.get(recipe, {}).get(objective, {})
+    values = OBJECTIVES[objective] | RECIPE_OBJECTIVES.get(recipe, {}).get(objective, {})
     nearest = min(range(3), key=lambda i: abs(given["sigma"] - (0.25, 0.5, 1.0)[i]))
     chosen = {name: value[nearest] if isinstance(value, tuple) else value for name, value in values.items()}
     return dict(chosen, objective=objective)
@@ -918,7 +891,7 @@ def finetune(args):
 
     # Everything that certification, or this stage after a stop, has to know.
     settings = vars(args) | {"init_sha256": None if args.init == "scratch" else sha256(args.init)}
-    if args.objective not in ITS_FLAGS and args.copies == (2 if args.consistency else 1):
+    if not ITS_FLAGS[args.objective] and args.copies == (2 if args.consistency else 1):
         # As in runs before there were others.
         settings |= dict(objective=None, copies=None, objective_warmup=None)
     data = dict(dataset=args.dataset, data_path=args.data_path, image_size=args.image_size, channels=channels,
@@ -1548,10 +1521,7 @@ def open_images(dataset, data_path, train, size, channels):
     elif dataset == "cifar10":
         from torchvision.datasets import CIFAR10
 
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            CIFAR10(data_path, download=True)
-        gather([0])                                                    # the others wait for the files
-        part = CIFAR10(data_path, train=train)
+        part = download(CIFAR10, data_path, train, f"{data_path}/{CIFAR10.base_folder} lacks cifar10")
         pixels = torch.from_numpy(part.data).movedim(3, 1).contiguous()
         images = Images(torch.tensor(part.targets), part.classes, 32, 3, 255, pixels=pixels)
 
@@ -1575,6 +1545,25 @@ def open_images(dataset, data_path, train, size, channels):
     return images
 
 
+def download(source, data_path, train, lacking, other_way=""):
+    """torchvision's data set `source`, which one process of a machine downloads into data_path if need be.
+
+    Where that fails, `lacking` says what there is not, and `other_way` how else to get it.
+    """
+    cause = "another process says why"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            source(data_path, download=True)
+        except (RuntimeError, OSError) as error:                       # then the files are missing: see below
+            cause = str(error).strip().splitlines()[-1]
+    gather([0])                                                        # the others wait for the files
+    try:
+        return source(data_path, train=train)
+    except RuntimeError:
+        raise ValueError(f"{lacking}, and the download failed ({cause}): run this once where there is a "
+                         f"network, and bring the folder here{other_way}") from None
+
+
 def open_mnist(dataset, data_path, train):
     """(pixels (M, 28, 28), labels (M,), classes) of MNIST or Fashion-MNIST."""
     from torchvision.datasets import MNIST, FashionMNIST
@@ -1590,19 +1579,8 @@ def open_mnist(dataset, data_path, train):
         say(f"{folder} is empty: {len(labels):,} images are read from {part}-*.gz")
         return pixels, labels, source.classes
 
-    cause = "another process says why"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            source(data_path, download=True)
-        except (RuntimeError, OSError) as error:                       # then the files are missing: see below
-            cause = str(error).strip().splitlines()[-1]
-    gather([0])                                                        # the others wait for the files
-    try:
-        part = source(data_path, train=train)
-    except RuntimeError:
-        debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
-        raise ValueError(f"{folder} lacks {dataset}, and the download failed ({cause}): run this once where "
-                         f"there is a network, and bring the folder here{debian}") from None
+    debian = ", or apt-get install dataset-fashion-mnist (Debian, Ubuntu)" if fashion else ""
+    part = download(source, data_path, train, f"{folder} lacks {dataset}", debian)
     return part.data, part.targets, source.classes
 
 

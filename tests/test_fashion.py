@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
 import certify
 import finetune
@@ -123,6 +123,16 @@ def test_a_missing_data_set_is_one_line_with_the_ways_to_get_it(offline, tmp_pat
     assert f"lacks {dataset}" in error and str(tmp_path / "data") in error and "network" in error
     assert ("apt-get install dataset-fashion-mnist" in error) == (dataset == "fashion-mnist")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_cifar10_that_cannot_be_downloaded_is_the_same_line(monkeypatch, tmp_path, stage):
+    def fail(self):
+        raise RuntimeError("no such host")
+
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    with pytest.raises(ValueError, match=r"lacks cifar10, and the download failed \(no such host\): run this once where"):
+        stage.open_images("cifar10", str(tmp_path), True, 32, 3)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.stats import norm
+from test_training import Killed, stop_at
 from torch import nn
 
 import finetune
@@ -319,10 +320,6 @@ def test_mixed_classes_are_refused_where_an_objective_needs_one(objective):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """What a kill -9 does to everything after it. (Real ones: test_robustness.py.)"""
-
-
 @pytest.mark.parametrize("objective", ["gaussian", "smoothadv", "macer", "smoothmix"])
 def test_a_run_learns_and_one_that_was_killed_ends_with_the_same_bits(monkeypatch, tmp_path, folder8, objective):
     flags = ["--init", "scratch", "--sigma", "0.1", "--dataset", "folder", "--data-path", str(folder8), "--holdout", "0.2",
@@ -331,15 +328,8 @@ def test_a_run_learns_and_one_that_was_killed_ends_with_the_same_bits(monkeypatc
              *(["--objective-warmup", "2"] if objective in AT_ONCE else [])]
     finetune.main([*flags, "--out", str(tmp_path / "undisturbed")])
 
-    real = finetune.learning_rate
-
-    def rate(step, *rest):
-        if step == 10:
-            raise Killed
-        return real(step, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "learning_rate", rate)
+        stop_at(patch, finetune, 10, "kill")
         with pytest.raises(Killed):
             finetune.main([*flags, "--out", str(tmp_path / "killed")])
     assert (tmp_path / "killed" / "finetune_sigma_0.1.last.pt").exists()

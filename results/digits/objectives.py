@@ -18,6 +18,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -97,32 +98,30 @@ def seconds_of(name):
 
 
 def open_classifier(checkpoints, device, flags=""):
-    """The classifier that certify.py makes of these checkpoints, and the images' scale."""
+    """The classifier that certify.py makes of these checkpoints."""
     argv = ["--any-sigma", "--sigma", "1", "--no-compile", "--dtype", "fp32", "--checkpoint", *map(str, checkpoints)]
     args, opened = certify.parse([*argv, *flags.split()])
     return certify.open_classifier(args, opened, device)
 
 
-def certificates(classifier, images, index, sigma, device):
-    """{bound: [(prediction, radius) of each image]} of images[index]."""
+def measure(classifier, images, index, sigma, device):
+    """ACR and certified accuracies by both bounds, and the radius of each image (wrong or abstained: 0)."""
     rule = certify.FixedN(N, ALPHA)
     these = ((i, (images.pixels[i] / images.levels).to(device)) for i in index)
     trials = certify.certify_all(classifier, these, certify.GaussianNoise(sigma), N0, rule, 0, BATCH)
     trials = sorted(trials, key=lambda trial: trial.index)
-    return {bound: [trial.certificate(sigma, bound) for trial in trials] for bound in certify.BOUNDS}
-
-
-def measure(classifier, images, index, sigma, device):
-    """ACR and certified accuracies by both bounds, and the radius of each image (wrong or abstained: 0)."""
-    found = certificates(classifier, images, index, sigma, device)
-    row = {}
-    for bound, answers in found.items():
-        right = [int(prediction == images.labels[i]) for i, (prediction, _) in zip(index, answers, strict=True)]
-        radii = [round(radius * ok, 4) for (_, radius), ok in zip(answers, right, strict=True)]
-        at = {f"{r:g}": round(sum(ok and radius >= r for ok, radius in zip(right, radii, strict=True)) / len(index), 4)
-              for r in RADII}
-        row[bound] = dict(acr=round(sum(radii) / len(index), 4), certified=at, radii=radii)
-    return row
+    found = {}
+    for bound in certify.BOUNDS:
+        rows = []
+        for trial in trials:
+            predict, radius = trial.certificate(sigma, bound)
+            right = int(predict == images.labels[trial.index])
+            rows.append(dict(predict=predict, radius=radius, correct=right, alpha=ALPHA, sigma=sigma, time="0:00:00"))
+        one = certify.Summary(rows, bound)
+        at = {f"{r:g}": round(one.accuracy(r), 4) for r in RADII}
+        radii = [round(row["radius"] * row["correct"], 4) for row in rows]
+        found[bound] = dict(acr=round(float(one.acr), 4), certified=at, radii=radii)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -190,11 +189,8 @@ def groups_of(rows):
 
 def mean_and_spread(values):
     """Mean, and standard deviation over the seeds where there are several."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.3f}"
-    spread = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.3f} ± {spread:.3f}"
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 def print_table(rows):
@@ -202,11 +198,11 @@ def print_table(rows):
     print("|---" * 12 + "|")
     for (part, name, init, sigma), same in groups_of(rows).items():
         acr = [mean_and_spread([row[bound]["acr"] for row in same]) for bound in certify.BOUNDS]
-        at = [f"{100 * sum(row['one-sided']['certified'][r] for row in same) / len(same):.1f}"
+        at = [f"{100 * statistics.fmean(row['one-sided']['certified'][r] for row in same):.1f}"
               for r in ("0", "0.25", "0.5", "1")]
-        epochs = sum(row["epochs"] for row in same) / len(same)
+        epochs = statistics.fmean(row["epochs"] for row in same)
         seconds = [row["seconds"] for row in same if "seconds" in row]
-        taken = f"{sum(seconds) / len(seconds):.0f}" if seconds else ""
+        taken = f"{statistics.fmean(seconds):.0f}" if seconds else ""
         print(f"| {part} | {name} | {init} | {sigma:g} | {epochs:.0f} | {taken} | {' | '.join(acr + at)} |")
 
 
@@ -222,14 +218,16 @@ def draw(rows, path):
                 continue
             seconds = [row["seconds"] for row in same]
             acr = [row["two-sided"]["acr"] for row in same]
-            centre = (sum(seconds) / len(seconds), sum(acr) / len(acr))
+            centre = (statistics.fmean(seconds), statistics.fmean(acr))
             mark = "o" if part == "equal epochs" else "s"
             axis.plot(seconds, acr, mark, color=colours[name], markersize=3, alpha=0.6)
             axis.plot(*centre, mark, color=colours[name], markersize=9)
             if part == "equal epochs":
-                axis.annotate(name, centre, (7, 5), textcoords="offset points", color=colours[name], fontsize=9)
+                place = (7, -13) if name in ("gaussian", "smoothadv") else (7, 6)             # clear of its neighbour
+                axis.annotate(name, centre, place, textcoords="offset points", color=colours[name], fontsize=9)
         axis.set(title=f"$\\sigma$ = {sigma:g}", xlabel="fine-tuning, processor seconds")
         axis.margins(x=0.4)
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("average certified radius, two-sided")
     figure.suptitle("circles: equal epochs; squares: the time of consistency; large: mean of three seeds", fontsize=10)

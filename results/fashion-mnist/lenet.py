@@ -11,7 +11,7 @@ those of its network and its schedule. Network and optimizer are the literature'
 decay 1e-4, learning rate 0.01, a tenth of it from a third of the epochs on, a hundredth from two thirds on.
 
 The last epoch's weights become OUT/lenet.pt. Killed at any moment, the same command goes on from the last epoch.
-certify.py knows the file that is named by --classifier, not what LENET names: give each network an --out of its own.
+Give each network an --out of its own: certify.py refuses to go on with other weights.
 """
 
 import json
