@@ -221,15 +221,13 @@ def draw(rows, path):
             centre = (statistics.fmean(seconds), statistics.fmean(acr))
             mark = "o" if part == "equal epochs" else "s"
             axis.plot(seconds, acr, mark, color=colours[name], markersize=3, alpha=0.6)
-            axis.plot(*centre, mark, color=colours[name], markersize=9)
-            if part == "equal epochs":
-                place = (7, -13) if name in ("gaussian", "smoothadv") else (7, 6)             # clear of its neighbour
-                axis.annotate(name, centre, place, textcoords="offset points", color=colours[name], fontsize=9)
+            axis.plot(*centre, mark, color=colours[name], markersize=9, label=name if mark == "o" else None)
         axis.set(title=f"$\\sigma$ = {sigma:g}", xlabel="fine-tuning, processor seconds")
         axis.margins(x=0.4)
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel("average certified radius, two-sided")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle("circles: equal epochs; squares: the time of consistency; large: mean of three seeds", fontsize=10)
     figure.savefig(path, dpi=110, facecolor="white")
 
