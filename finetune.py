@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -882,6 +883,7 @@ def finetune(args):
     optimizer = build_optimizer(model, args)
     peak = optimizer.defaults["lr"]
     args.dtype = pick_dtype(args.dtype, device, read_settings(files.stem, args.overwrite))
+    choose_attention(args, device)
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     network = distribute(model) if world > 1 else model
@@ -1099,6 +1101,12 @@ class Pictures(torch.utils.data.Dataset):
         return self.augment(picture), self.images.labels[i]            # C S S, ()
 
 
+def leave_interrupts_to_the_main_process(_):
+    """Of a data worker, to which a terminal sends Ctrl-C, too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None                   # of the thread that is cut off handing over tensors
+
+
 def load_batches(images, positions, device, augment=None, seed=0, workers=None):
     """Yield (pixels (b, C, S, S) uint8, labels (b,)) on `device` for each [(epoch, image), ...] of positions.
 
@@ -1112,6 +1120,7 @@ def load_batches(images, positions, device, augment=None, seed=0, workers=None):
             Pictures(images, augment, seed),
             batch_sampler=positions,
             num_workers=workers,
+            worker_init_fn=leave_interrupts_to_the_main_process,
             pin_memory=device.type == "cuda",
         )
         for pixels, labels in loader:
@@ -1156,6 +1165,13 @@ def use_deterministic_kernels(wanted):
     torch.use_deterministic_algorithms(wanted)
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # what cuBLAS asks for
+
+
+def choose_attention(args, device):
+    """Plain attention for bf16 on CPUs: there the fused one's backward is slow at few tokens (torch 2.14)."""
+    few = (args.model_size or args.image_size) <= 64
+    slow = device.type == "cpu" and args.dtype == "bf16" and few
+    torch.backends.cuda.enable_flash_sdp(not slow)                     # of every device, its name aside
 
 
 def accumulating(network, more_to_come):
