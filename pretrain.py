@@ -90,23 +90,23 @@ PAPER = dict(                              # section 4.1 and appendix: ImageNet
     log_every=5,                           # steps
     save_every=100,                        # steps
 )
-FASHION = dict(                            # ours, for two CPU cores; not tuned yet
+FASHION = dict(                            # ours, for two CPU cores; chosen on held-out images
     dataset="fashion-mnist",
     data_path="data",
     model="vit_fashion",
     image_size=28,
     normalisation="fashion-mnist",
     holdout=0.05,
-    augment="shift-flip",                  # by up to three pixels
+    augment="flip",                        # shifts by up to three pixels made it worse
     sigma=0.25,
-    mask_ratio=0.5,
+    mask_ratio=0.75,
     loss_on="all",
     norm_pix=False,
     batch=256,
     device_batch=256,
-    epochs=20,
+    epochs=30,
     warmup_epochs=2,
-    base_lr=1e-3,
+    base_lr=2e-3,
     weight_decay=0.05,
     log_every=50,
     save_every=500,
@@ -134,7 +134,7 @@ RECIPES = {
         save_every=500,
     ),
     "fashion": FASHION,
-    "mnist": dict(FASHION, dataset="mnist", normalisation="mnist", augment="shift"),
+    "mnist": dict(FASHION, dataset="mnist", normalisation="mnist", augment="none"),
     "cifar10": dict(                       # ours: a small ViT from nothing on one GPU
         dataset="cifar10",
         data_path="data",
