@@ -901,7 +901,7 @@ def read_rows(path):
 def excess(m, alpha, rho=0.001):
     """q: with probability 1 - rho at most q of m certificates are wrong: a binomial quantile.
 
-    (Cohen 2019, appendix, bounds the same by Bernstein's inequality.)
+    (Cohen 2019, appendix D, bounds the same by Bernstein's inequality.)
     """
     return int(binom.ppf(1 - rho, m, alpha))
 

@@ -697,10 +697,10 @@ plt.show()
 # $$ p_A(x) = \Pr\bigl[\langle w, x\rangle + b + \sigma\lVert w\rVert\,\xi > 0\bigr] = \Phi(\Delta / \sigma)
 #    \quad\Rightarrow\quad R = \sigma\,\Phi^{-1}(p_A(x)) = \Delta. \tag{1.9} $$
 #
-# The radius is the distance, for *every* $\sigma$ (Cohen et al. 2019, appendix). Nothing is lost, and nothing depends
-# on the dimension. It makes the linear classifier the best test of a certification procedure: the truth is known, to
-# the last digit. The whole procedure, sampling and confidence bound included, is `certify.certify`; notebook 02,
-# section 2.4, builds it. Here we only use it.
+# The radius is the distance, for *every* $\sigma$ (Cohen et al. 2019, appendix B, proposition 4). Nothing is lost, and
+# nothing depends on the dimension. It makes the linear classifier the best test of a certification procedure: the
+# truth is known, to the last digit. The whole procedure, sampling and confidence bound included, is `certify.certify`;
+# notebook 02, section 2.4, builds it. Here we only use it.
 #
 # **Check.** A random plane in $3 \times 8 \times 8$ dimensions. What `certify` claims must stay below the distance,
 # and come close to it. It remains a little below: that is the price of a finite number of draws. The price grows with

@@ -156,6 +156,25 @@ def test_auto_is_bf16_on_gpus_that_have_it_natively_and_fp32_elsewhere(module, d
     assert module.pick_dtype("auto", SimpleNamespace(type="cpu"), {"dtype": "bf16"}) == "bf16"     # a run goes on as it began
 
 
+@pytest.mark.parametrize("module", [pretrain, finetune])
+@pytest.mark.parametrize("device, dtype, image_size, model_size, fused", [
+    ("cpu", "bf16", 28, None, False), ("cpu", "fp32", 28, None, True), ("cpu", "bf16", 224, None, True),
+    ("cpu", "bf16", 32, 224, True), ("cuda", "bf16", 28, None, True),
+])
+def test_bf16_on_cpus_trains_small_models_with_plain_attention(module, device, dtype, image_size, model_size, fused):
+    """The fused kernel's backward took twice the time of the whole step in fp32 (results/speed.md). Either is attention."""
+    q, k, v = torch.randn(3, 2, 4, 17, 32)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    try:
+        module.choose_attention(SimpleNamespace(dtype=dtype, image_size=image_size, model_size=model_size),
+                                SimpleNamespace(type=device))
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_resume_takes_the_dtype_of_the_run(tmp_path, monkeypatch, capsys):
     for name in ("draw_loss", "draw_reconstructions"):
         monkeypatch.setattr(pretrain, name, lambda *_: None)

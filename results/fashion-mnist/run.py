@@ -66,15 +66,12 @@ class Run:
 
 def plan():
     """All runs, in the order in which they matter."""
-    runs = []
-    for seed in SEEDS:
-        runs += [Run("all labels", init, seed, flags=GAUSSIAN) for init in INITS]
-        runs += [Run("100 labels a class", init, seed, flags=f"--labels-per-class 100 {FEW}") for init in INITS]
-    runs += [Run("sigmas", "dmae", sigma=sigma, certify=FULL) for sigma in (0.5, 0.25, 1.0)]
-    for seed in SEEDS:
-        runs += [Run("linear probe", init, seed, flags=PROBE) for init in INITS[:2]]
-        runs += [Run("10 labels a class", init, seed, flags=f"--labels-per-class 10 {FEW}") for init in INITS]
-        runs += [Run("equal time", "scratch", seed, flags=f"{GAUSSIAN} --epochs {EQUAL_TIME}")]
+    runs = [Run("all labels", init, seed, flags=GAUSSIAN) for seed in SEEDS for init in INITS]
+    runs += [Run("100 labels a class", init, seed, flags=f"--labels-per-class 100 {FEW}") for seed in SEEDS for init in INITS]
+    runs += [Run("recipe", "dmae", sigma=sigma, certify=FULL) for sigma in (0.5, 0.25, 1.0)]
+    runs += [Run("equal time", "scratch", seed, flags=f"{GAUSSIAN} --epochs {EQUAL_TIME}") for seed in SEEDS]
+    runs += [Run("linear probe", init, seed, flags=PROBE) for seed in SEEDS for init in INITS[:2]]
+    runs += [Run("10 labels a class", init, seed, flags=f"--labels-per-class 10 {FEW}") for seed in SEEDS for init in INITS]
     return runs
 
 
