@@ -15,23 +15,26 @@
 # ---
 
 # %% [markdown]
-# # 5. Certifying, and trying to break it
+# previous: [04, from pre-training to a smoothed classifier](04_from_pretraining_to_smoothed_classifier.ipynb) |
+# [contents](README.md) | next: [06, the rivals](06_the_rivals.ipynb)
 #
-# [previous: 04](04_from_pretraining_to_smoothed_classifier.ipynb) | [next: 06](06_the_rivals.ipynb) | [contents](README.md)
+# # 5. Certifying, and trying to break it
 #
 # A certificate is a promise about an infinite set: *no* perturbation shorter than $R$ changes the answer. This notebook
 # makes such promises for handwritten digits, adds them up to the curve that papers report, and then attacks them.
-# Inside the radius the attack must fail. Just as instructive is what happens outside. After it you will be able to
+# Inside the radius the attack must fail. Just as instructive is what happens outside.
 #
-# * certify an image with ten lines of your own;
+# **Afterwards you can**
+#
+# * say what the row of one image in a file of certificates means, and make it again, bit for bit;
 # * turn a file of certificates into certified accuracy, average radius and a sound lower bound, and say what the
 #   envelope over $\sigma$ hides;
 # * read the logs of other people's work, and refuse those that contradict each other;
 # * attack a smoothed classifier, test the attack where the truth is known, and read its success rate;
 # * say what a published difference of one point is worth.
 #
-# It runs in half a minute on two CPU cores, offline. It needs the requirements of the repository, and the files in
-# `results/digits/`, which were written by
+# **It needs** notebooks 01 and 02, and the packages of `requirements.txt`; no GPU, no download. **It runs** in under a
+# minute on two CPU cores. The files in `results/digits/` were written by
 #
 # ```sh
 # python pretrain.py
@@ -92,58 +95,28 @@ print(f"base classifier fine-tuned for sigma = {SIGMA}; {len(images)} test digit
 # %% [markdown]
 # ## 5.1 CERTIFY on one digit
 #
-# The smoothed classifier $g(x) = \arg\max_c \mathbb P[f(x+e) = c]$, $e\sim\mathcal N(0,\sigma^2 I)$, cannot be
-# computed, since $f$ is a network; it can be estimated, by drawing noise and counting answers. CERTIFY (Cohen et al.
-# 2019) does this in five steps. Notebook 01 proves the radius, notebook 02 the bound and the need for fresh draws; here
-# they meet an image.
+# The smoothed classifier $g(x) = \arg\max_c \Pr[f(x+e) = c]$, $e\sim\mathcal N(0,\sigma^2 I)$, cannot be computed,
+# since $f$ is a network; it can be estimated, by drawing noise and counting answers. CERTIFY (Cohen et al. 2019)
+# selects a class $A$ on $n_0$ copies. It counts the answer $A$, $k$ times, on $n$ fresh ones, and bounds the share. It
+# abstains if the bound is at most one half, and goes on to the radius otherwise:
 #
-# 1. *Select.* Of $n_0$ noisy copies, the most frequent answer is the candidate $c_A$. This is a guess and needs no
-#    guarantee: a bad guess will cost an abstention, not a wrong promise.
-# 2. *Estimate.* Of $n$ *fresh* copies, $f$ says $c_A$ on $k$. The first $n_0$ chose the winner, so on them $c_A$ has
-#    been lucky by construction. Given $c_A$, the new draws are independent of the choice.
-# 3. *Bound.* $\underline{p_A}$, the Clopper-Pearson lower bound of $p_A = \mathbb P[f(x+e) = c_A]$, is too large with
-#    probability at most $\alpha$.
-# 4. *Abstain* if $\underline{p_A}\le\frac12$: then $c_A$ may not even be the majority at $x$ itself.
-# 5. *Radius.* Otherwise, with $\Phi$ the standard normal distribution function and $\overline{p_B}$ a bound of every
-#    other class's probability,
+# $$ k \;\longmapsto\; \underline{p_A}, \text{ the } \alpha \text{ quantile of } \operatorname{Beta}(k, n - k + 1)
+#    \;\longmapsto\; R = \sigma\,\Phi^{-1}(\underline{p_A}). \tag{5.1} $$
 #
-# $$ R = \frac\sigma2\bigl(\Phi^{-1}(\underline{p_A}) - \Phi^{-1}(\overline{p_B})\bigr)
-#      \;=\; \sigma\,\Phi^{-1}(\underline{p_A}) \quad\text{with } \overline{p_B} = 1-\underline{p_A}. \tag{5.1} $$
+# Notebook 01 proves the radius, (1.7). Notebook 02 proves the bound, (2.3), says why the draws must be fresh, and
+# writes the procedure in ten lines (section 2.4). Here it meets an image.
 
 # %%
-def my_certify(f, x, sigma, n0, n, alpha, generator):
-    with torch.inference_mode():
-        selecting = f(x + sigma * torch.randn(n0, *x.shape, generator=generator)).argmax(dim=1)
-        top = selecting.bincount().argmax()
-        fresh = f(x + sigma * torch.randn(n, *x.shape, generator=generator)).argmax(dim=1)
-    k = int((fresh == top).sum())
-    p_lower = stats.beta.ppf(alpha, k, n - k + 1) if k else 0.0
-    if p_lower <= 0.5:
-        return ABSTAIN, 0.0
-    return int(top), sigma * stats.norm.ppf(p_lower)
-
-
 index, n0, n, alpha = 3, 100, 10_000, 0.001
 x, noise = images[index], certify.GaussianNoise(SIGMA)
-mine = my_certify(f, x, SIGMA, n0, n, alpha, torch.Generator().manual_seed(0))
 theirs = certify.certify(f, x, SIGMA, n0, n, alpha, index=index)
-print(f"ours: class {mine[0]}, radius {mine[1]:.4f}; certify.certify: class {theirs[0]}, radius {theirs[1]:.4f}")
-assert mine[0] == theirs[0] and abs(mine[1] - theirs[1]) < 0.02           # other draws: equal up to sampling
-
-# %% [markdown]
-# The two agree up to the noise they have drawn. The scripts draw it from a random stream that belongs to the image and
-# the step (`generator_for`), in chunks of fixed size (`count_under_noise`): a row depends on seed, image index and
-# settings alone, and can be made again. On the same draws the agreement is exact:
-
-# %%
-show(count_under_noise, generator_for, certify.certify)
 
 selection = count_under_noise(f, x, SIGMA, n0, generator_for(0, index, 0, "cpu"))
 counts = count_under_noise(f, x, SIGMA, n, generator_for(0, index, 1, "cpu"))
 top, k = int(selection.argmax()), int(counts[selection.argmax()])
 p_lower = lower_confidence_bound(k, n, alpha)
 radius = certified_radius(p_lower, SIGMA)
-print(f"answers on {n0} copies: {selection.tolist()}  ->  c_A = {top}")
+print(f"answers on {n0} copies: {selection.tolist()}  ->  A = {top}")
 print(f"k = {k} of n = {n}: share {k / n:.4f}, lower bound {p_lower:.4f}, radius {radius:.6f}")
 assert math.isclose(p_lower, stats.beta.ppf(alpha, k, n - k + 1), rel_tol=1e-9)
 assert math.isclose(radius, SIGMA * stats.norm.ppf(p_lower), rel_tol=1e-9)
@@ -156,11 +129,40 @@ print(f"the committed log: class {logged['predict']}, radius {logged['radius']},
 assert theirs[0] == logged["predict"] and abs(k - logged["count"]) <= 20   # bit for bit on one type of CPU
 
 # %% [markdown]
-# The last line compares with what the script wrote for the same image long ago. (On another type of CPU a few of the 10
-# 000 answers may differ, hence the tolerance.) Radii are rounded down to six digits, by `round_down`. The script takes
-# the same steps for many images at once, whose copies share batches: `certify_all`, which counts by `count_classes` and
-# ends in `Trial.certificate`. Its counts are those of `certify`, as the cell asserts.
+# The last line compares with what the script wrote for the same image long ago. (On another type of CPU a few of the
+# 10 000 answers may differ, hence the tolerance.) Radii are rounded down to six digits, by `round_down`. The script
+# takes the same steps for many images at once, whose copies share batches: `certify_all`, which counts by
+# `count_classes` and ends in `Trial.certificate`. Its counts are those of `certify`, as the cell asserts.
 #
+# Why do the counts come out the same? The noise belongs to the image and the step, not to the run: `generator_for`
+# makes a random stream of (seed, image, phase), and `count_under_noise` draws from it in chunks of fixed size. So a row
+# depends on seed, image index and settings alone. Two images must never share a stream, since their certificates would
+# fail together. So the key, a number of 32 bits, has to tell (image, phase) apart. The proof that it does is a function
+# that reads image and phase off the key. Each line of `generator_for` is undone in turn: an exclusive or with the upper
+# bits by another one, a product with an odd number by a product with its inverse modulo $2^{32}$.
+
+# %%
+show(certify.generator_for)
+
+
+def image_and_phase(key, seed):
+    """(image index, phase) from the key of generator_for: its lines, undone from the last to the first."""
+    for word in (0x9E3779B9, seed):
+        key ^= key >> 16
+        key = key * pow(0x846CA68B, -1, 2**32) % 2**32
+        key ^= key >> 15 ^ key >> 30
+        key = key * pow(0x7FEB352D, -1, 2**32) % 2**32
+        key ^= key >> 16
+        key = (key - word * 0x85EBCA6B) % 2**32
+    return divmod(key, 4)
+
+
+for seed in (0, 1, 2**32 - 1):
+    for i in (0, 1, 359, 9999, 49_999, 2**30 - 1):
+        for phase in (0, 1, 2):
+            assert image_and_phase(generator_for(seed, i, phase, "cpu").initial_seed(), seed) == (i, phase)
+
+# %% [markdown]
 # The promise in words: *with probability at least* $1-\alpha = 99.9\,\%$ *over the noise drawn in this cell, $g$
 # answers the same for every image within $\ell_2$ distance $R$ of this one.* The label has played no part. Whether the
 # answer is right is another question, asked next.
@@ -193,14 +195,14 @@ plt.show()
 #
 # ## 5.2 The certified-accuracy curve
 #
-# $$ \mathrm{CA}(r) = \frac1M \sum_{i=1}^M \mathbf 1\bigl[\hat c_i = y_i \text{ and } R_i \ge r\bigr], \qquad
-#    \mathrm{ACR} = \frac1M\sum_{i=1}^M R_i\,\mathbf 1\bigl[\hat c_i = y_i\bigr] = \int_0^\infty \mathrm{CA}(r)\,dr .
+# $$ \mathrm{CA}(r) = \frac1M \sum_{i=1}^M \mathbb 1\bigl[\hat y_i = y_i \text{ and } R_i \ge r\bigr], \qquad
+#    \mathrm{ACR} = \frac1M\sum_{i=1}^M R_i\,\mathbb 1\bigl[\hat y_i = y_i\bigr] = \int_0^\infty \mathrm{CA}(r)\,dr .
 #    \tag{5.2} $$
 #
-# $\hat c_i$ and $R_i$ are prediction and radius of test image $i$, $y_i$ its label, $M$ the number of images.
+# $\hat y_i$ and $R_i$ are prediction and radius of test image $i$, $y_i$ its label, $M$ the number of images.
 # $\mathrm{CA}(r)$ is a lower bound of the accuracy under *every* attack of length below $r$, but for certificates that
 # are false; the *proven* rows below allow for those. Wrong answers and abstentions never count. ACR, the average
-# certified radius (Zhai et al. 2020), is the area under the curve: integrate $\mathbf 1[R_i\ge r]$ over $r$ and get
+# certified radius (Zhai et al. 2020), is the area under the curve: integrate $\mathbb 1[R_i\ge r]$ over $r$ and get
 # $R_i$.
 #
 # Both are a few lines on the file that `certify.py` writes. The scripts have them in `Summary`.
@@ -225,12 +227,14 @@ for file, one in zip(files, summaries, strict=True):
     q = stats.binom.ppf(0.999, M, alpha)
     assert q == certify.excess(M, alpha) and math.isclose(one.guaranteed(0.25), ((radii >= 0.25).sum() - q) / M)
 show(certify.Summary)
-print(certify.table(summaries, (0.0, 0.25, 0.5, 0.75, 1.0)))
+AT = (0.0, 0.25, 0.5, 0.75, 1.0)
+report = certify.table(summaries, AT)
+print(report)
 
 # %% [markdown]
 # The lines that begin with *proven* subtract what the certificates' own errors may have added: with probability 0.999
 # at most $q$ of the $M$ certificates are wrong, $q$ being the 0.999 quantile of Binomial$(M, \alpha)$. That is
-# `excess`; notebook 02, the section on one image and a whole test set, derives it.
+# `excess`; notebook 02, section 2.12, derives it.
 #
 # ACR has a flaw that one should know (Sun et al. 2024): it is dominated by easy images. $\Phi^{-1}$ is steep near 1, so
 # that the last per cent of votes of an easy digit adds more radius than a hard digit's whole way from abstention to
@@ -270,7 +274,8 @@ plt.show()
 # %% [markdown]
 # ### The envelope is a selection on the test set
 #
-# Papers tabulate the **envelope**, the best $\sigma$ at each $r$. Two things have to be said about it.
+# Papers tabulate the **envelope**, the best $\sigma$ at each $r$. It is the first row *best* of `certify.table`, which
+# the next cell builds. Two things have to be said about it.
 #
 # *It is no classifier's curve.* Anyone who deploys one has to choose one $\sigma$, and then has that curve alone.
 #
@@ -283,6 +288,9 @@ plt.show()
 # %%
 rows = [certify.read_rows(file) for file in files]
 assert len({tuple(row["idx"] for row in one) for one in rows}) == 1                     # the same images
+in_table = next(line.split() for line in report.splitlines() if line.split()[0] == "best")
+shares = np.array([[(radii >= r).sum() / M for r in AT] for radii, M in map(my_summary, files)])         # sigma r
+assert in_table[1:] == [f"{100 * share:.1f}" for share in shares.max(axis=0)]
 right = np.array([[row["radius"] if row["correct"] else -1 for row in one] for one in rows])           # sigma M
 at = np.array([0.1, 0.25, 0.4, 0.5, 0.6, 0.75])
 reach = right[:, :, None] >= at                                                         # sigma M r
@@ -385,22 +393,24 @@ except ValueError as error:
 # ## 5.4 A real attack
 #
 # To attack $g$ we look for a short $\delta$ that turns the vote. Votes have no gradient; their soft version has. With
-# $F$ the softmax scores of $f$, $m$ noisy copies, and $y$ the class that $g$ predicts,
+# $F$ the softmax scores of $f$, $m$ noisy copies, and $\hat y$ the class that $g$ predicts,
 #
-# $$ J(\delta) = -\log \mathbb E_e\bigl[F_y(x+\delta+e)\bigr]
-#     \;\approx\; -\log \frac1m\sum_{i=1}^{m} F_y(x+\delta+e_i) . \tag{5.3} $$
+# $$ J(\delta) = -\log \mathbb E_e\bigl[F_{\hat y}(x+\delta+e)\bigr]
+#     \;\approx\; -\log \frac1m\sum_{i=1}^{m} F_{\hat y}(x+\delta+e_i) . \tag{5.3} $$
 #
-# Projected gradient ascent walks uphill in steps of a fixed length $t$ and never leaves the ball of radius $\epsilon$:
+# Projected gradient ascent, the attack of notebook 01, section 1.1, walks uphill in steps of a fixed length $a$ and
+# never leaves the ball of radius $\varepsilon$. Written for the perturbation $\delta$ it reads
 #
-# $$ \delta \leftarrow \Pi_\epsilon\Bigl(\delta + t\,\frac{\nabla J}{\|\nabla J\|}\Bigr), \qquad
-#    \Pi_\epsilon(\delta) = \delta\cdot\min\Bigl(1, \frac{\epsilon}{\|\delta\|}\Bigr) . \tag{5.4} $$
+# $$ \delta \leftarrow \Pi_\varepsilon\Bigl(\delta + a\,\frac{\nabla J}{\lVert\nabla J\rVert}\Bigr), \qquad
+#    \Pi_\varepsilon(\delta) = \delta\cdot\min\Bigl(1, \frac{\varepsilon}{\lVert\delta\rVert}\Bigr) . \tag{5.4} $$
 #
 # Two details matter. The average stands *inside* the logarithm (Salman et al. 2019): what is attacked is the
 # smoothed classifier, not the average image's loss. And, a choice of this notebook, each step draws its $m$ noises
 # anew, so that $\delta$ cannot adapt to a particular sample.
 #
-# The attack stands in the page alone, since the scripts have no use for it. It may leave the range $[0,1]$: the
-# certificate covers that too, and it makes the attacker stronger.
+# The attack stands in the page alone. That of the training objectives, `finetune.ascend` in (6.4), clips the pixels to
+# $[0, 1]$ and keeps its noise for all steps. This one may leave the range $[0, 1]$: the certificate covers that too,
+# and it makes the attacker stronger.
 
 # %%
 def per_image(values):
@@ -428,16 +438,16 @@ def attack(classifier, x, y, epsilon, sigma, m, steps, generator):
         J = -scores.gather(1, y[:, None]).clamp(min=1e-12).log().sum()                 # (5.3)
         (gradient,) = torch.autograd.grad(J, delta)
         uphill = gradient / per_image(lengths(gradient).clamp(min=1e-20))
-        t = epsilon * (2.5 / steps if step < steps - 4 else 0.5 / steps)               # small steps at the end
-        delta = project(delta.detach() + per_image(t) * uphill, epsilon)
+        a = epsilon * (2.5 / steps if step < steps - 4 else 0.5 / steps)               # small steps at the end
+        delta = project(delta.detach() + per_image(a) * uphill, epsilon)
     return delta
 
 
 # %% [markdown]
 # **Is the attack any good?** An attack that finds nothing proves nothing, so we first test it where the truth is known.
-# For a linear classifier $f(x) = \mathbf 1[w^\top x + b > 0]$ smoothing changes nothing, and the true robust radius is
-# the distance to the plane, $|w^\top x+b|/\|w\|$ (notebook 01). A good attack succeeds just above this distance, and no
-# attack can below.
+# For a linear classifier $f(x) = \mathbb 1[\langle w, x\rangle + b > 0]$ smoothing changes nothing, and the true robust
+# radius is the distance to the plane, $|\langle w, x\rangle + b|/\lVert w\rVert$ (notebook 01, section 1.10). A good
+# attack succeeds just above this distance, and no attack can below.
 
 # %%
 torch.manual_seed(1)
@@ -458,9 +468,8 @@ for factor, all_flipped in ((0.97, False), (1.03, True)):
 #
 # We take correctly certified test images from the committed log, attack each at several multiples of its own certified
 # radius $R$, and let the certifier's own `predict` judge the result. `predict` draws fresh noise and answers only if a
-# two-sided binomial test separates the top two classes (`clear_winner`). Notebook 02, the section on when to abstain,
-# has the test, its check by exact sums, and why it is two-sided. A wrong winner is named with probability at most
-# $\alpha$.
+# two-sided binomial test separates the top two classes (`clear_winner`). Notebook 02, section 2.5, has the test, its
+# check by exact sums, and why it is two-sided. A wrong winner is named with probability at most $\alpha$.
 #
 # An attack **succeeds** if `predict` names a *different class*. Abstentions are shown separately.
 
@@ -554,13 +563,13 @@ plt.show()
 #
 # The theorem says more than "the majority survives". It bounds the vote itself:
 #
-# $$ \mathbb P\bigl[f(x+\delta+e) = c_A\bigr] \;\ge\; \Phi\!\left(\Phi^{-1}(p_A) - \frac{\|\delta\|}{\sigma}\right)
+# $$ \Pr\bigl[f(x+\delta+e) = A\bigr] \;\ge\; \Phi\!\left(\Phi^{-1}(p_A) - \frac{\lVert\delta\rVert}{\sigma}\right)
 #    \qquad\text{for every }\delta, \tag{5.5} $$
 #
-# the half-space's loss (notebook 01) at any length. With the lower bound for $p_A$, the right side is one half at
-# $\|\delta\|=R$, which is how the radius was defined. Inside and outside, no attack may push the vote below the curve.
-# Every attacked image is a point of the next picture: $\|\delta\|/R$ across, the measured share of $c_A$ upwards. In
-# the second panel it stands against the bound of that very image.
+# the half-space's loss, (1.4), at any length. With the lower bound for $p_A$, the right side is one half at
+# $\lVert\delta\rVert=R$, which is how the radius was defined. Inside and outside, no attack may push the vote below the
+# curve. Every attacked image is a point of the next picture: $\lVert\delta\rVert/R$ across, the measured share of $A$
+# upwards. In the second panel it stands against the bound of that very image.
 
 # %%
 p_lower = np.array([lower_confidence_bound(row["count"], row["n"], alpha) for row in rows])
@@ -576,7 +585,7 @@ figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True)
 axes[0].axvspan(0, 1, color="0.93")
 axes[0].axhline(0.5, color=GREY, linewidth=1)
 axes[0].scatter(sizes, shares, s=14, color=BLUE)
-axes[0].set(xlabel=r"size of the attack, $\|\delta\|$ / $R$", ylabel="share of noisy copies with class $c_A$",
+axes[0].set(xlabel=r"size of the attack, $\|\delta\|$ / $R$", ylabel="share of noisy copies with class $A$",
             xlim=(0, 3.1), ylim=(-0.02, 1.02))
 axes[0].text(0.5, 0.05, "certified", ha="center")
 points = axes[1].scatter(bounds, shares, s=14, c=sizes, cmap="viridis")
@@ -612,11 +621,12 @@ print(f"{len(shares)} attacks, none below the floor by more than sampling allows
 #   prints 74.8, 60.8, 47.0, 37.8.
 # * SmoothMix, ImageNet, $r = 3$: 17.0 looks like the value at $r = 3.5$. Logs of SmoothMix have 20.4 at 3.0.
 #
-# We draw the originals as crosses, join them to what is printed, and draw no conclusion that depends on which is right.
+# We draw the originals as crosses (where there are three, the largest at each radius), and join them to what is
+# printed. We draw no conclusion that depends on which is right.
 
 # %%
 ORIGINAL = {"imagenet": {"SmoothAdv (Salman 2019)": (56, 45, 38, 28, 20), "SmoothMix (Jeong 2021)": (50, 43, 38, 26, 20.4)},
-            "cifar10": {"SmoothAdv (Salman 2019)": (81, 63, 52, 40)}}                    # the best of its three rows
+            "cifar10": {"SmoothAdv (Salman 2019)": (81, 63, 52, 40)}}      # the largest of its three, at each radius
 
 
 def spread(heights, gap):
@@ -669,9 +679,9 @@ plt.show()
 # $M = 1000$ of ImageNet; older rows often rest on 500 (every 100th, or every 20th, image).
 #
 # For each radius we compare a DMAE with the best of the other rows, twice: with the rows as the paper prints them, and
-# with the larger of printed and original. Only what holds both times, by more than two standard errors of a difference,
-# is called a lead. That error is $\sqrt2$ se if both shares rest on as many images, and more where the other rests on
-# fewer.
+# with the larger of printed and original. We call a lead what holds both times, by more than $2\sqrt2$ se. That is two
+# standard errors of the difference if the other row rests on as many images as DMAE's. For rows that rest on fewer the
+# error is larger, and a lead says less.
 
 # %%
 def leads(data, name, M):
@@ -699,8 +709,8 @@ for data, name, M in (("imagenet", "DMAE ViT-B", 1000), ("imagenet", "DMAE ViT-L
 
 # %% [markdown]
 # On ImageNet ViT-L leads from $r = 1$ on, ViT-B at 1.5 and 2, and neither depends on a doubtful row. At the other radii
-# the differences are of the size of their error. On CIFAR-10 the continued model leads at $r = 0.5$ alone: at 0.25 the
-# original row of SmoothAdv is level with it, and beyond 0.5 others are ahead.
+# the differences do not clear that bar. On CIFAR-10 the continued model leads at $r = 0.5$ alone: at 0.25 the
+# original row of SmoothAdv is level with it, at 0.75 another row is ahead, and $r = 1$ is open.
 #
 # The table ends in 2023, and later work reports more. On ImageNet: DensePure (2022) and DiffSmooth (2023), several
 # denoising runs a copy; rRCM (2025), a ViT pre-trained so that its features agree along a diffusion's noise levels,
@@ -715,26 +725,40 @@ for data, name, M in (("imagenet", "DMAE ViT-B", 1000), ("imagenet", "DMAE ViT-L
 temporary.cleanup()
 
 # %% [markdown]
-# ## Exercises
+# ## 5.6 What to take along
 #
-# 1. *Another norm.* An attacker may change every pixel by at most $a$. For which $a$ does an $\ell_2$
-#    certificate of radius $R$ in $d$ dimensions rule this out? What is that for $R = 0.5$ on the digits, and on
-#    $32\times32\times3$? *Hint: the longest vector of a cube.*
-# 2. *The area.* An image set has $\mathrm{CA}(r) = \max(0, 0.9 - r)$. What is its ACR? Which classifier with a constant
-#    radius on 60 % of the images has the same? Which would you deploy against attacks of length 0.5? *Hint: (5.2).*
-# 3. *A lazy attack.* Fix the $m$ noise vectors once, before the first step of `attack`, and run section 5.4 again. Does
-#    the soft vote on those vectors fall faster? And the judge's? *Hint: compare $J$ on the fixed and on fresh noise.*
-# 4. *Soundness.* Why is it no contradiction if an attack inside $R$ succeeds once in a long run of experiments? How
-#    often may it, for 120 certificates with $\alpha = 0.001$? *Hint: `certify.excess`.*
-# 5. *Two sides.* `results/digits` also has the two-sided radii, in the column `two_sided`. Which images gain from them
-#    at $\sigma = 1$, and why? *Hint: the column `runner_up`; notebook 02, the section on two sides.*
+# * A certificate is a row that anyone can make again: its noise belongs to (seed, image, phase).
+# * The curve of certified accuracy says more than its area, the ACR, which the easy images dominate: (5.2).
+# * The envelope over $\sigma$ is nobody's classifier, and a choice made on the test images.
+# * Inside the radius no attack succeeded, as proven. Outside, success rises over a range of sizes, and random vectors
+#   of the same length do next to nothing.
+# * No attack pushed the vote below the floor (5.5), inside the radius or outside.
+# * A published share has a standard error, (5.6), and a difference of two shares a larger one.
+#
+# Notebook 06 asks how others train $f$, and compares them under this certifier.
+#
+# ## 5.7 Exercises
+#
+# 1. **Another norm.** An attacker may change every pixel by at most $\varepsilon_\infty$. For which
+#    $\varepsilon_\infty$ does an $\ell_2$ certificate of radius $R$ in $d$ dimensions rule this out? What is that for
+#    $R = 0.5$ on the digits, and on $32\times32\times3$? *Hint:* the longest vector of a cube.
+# 2. **The area.** An image set has $\mathrm{CA}(r) = \max(0, 0.9 - r)$. What is its ACR? Which classifier with a
+#    constant radius on 60 % of the images has the same? Which would you deploy against attacks of length 0.5? *Hint:*
+#    (5.2).
+# 3. **A lazy attack.** Fix the $m$ noise vectors once, before the first step of `attack`, and run section 5.4 again.
+#    Does the soft vote on those vectors fall faster? And the judge's? *Hint:* compare $J$ on the fixed and on fresh
+#    noise.
+# 4. **Soundness.** Why is it no contradiction if an attack inside $R$ succeeds once in a long run of experiments? How
+#    often may it, for 120 certificates with $\alpha = 0.001$? *Hint:* `certify.excess`.
+# 5. **Two sides.** `results/digits` also has the two-sided radii, in the column `two_sided`. Which images gain from
+#    them at $\sigma = 1$, and why? *Hint:* the column `runner_up`; notebook 02, section 2.11.
 #
 # <details>
 # <summary>Answers</summary>
 #
-# 1. The longest has length $a\sqrt d$, so $a < R/\sqrt d$: 0.0625 for $d = 64$, 0.009 (2.3 of 255 grey
-#    levels) for $d = 3072$. The certificate is for the whole ball, so the cube inside it is a small part of what is
-#    proven.
+# 1. The longest has length $\varepsilon_\infty\sqrt d$, so $\varepsilon_\infty < R/\sqrt d$: 0.0625 for $d = 64$, 0.009
+#    (2.3 of 255 grey levels) for $d = 3072$. The certificate is for the whole ball, so the cube inside it is a small
+#    part of what is proven.
 # 2. $0.9^2/2 = 0.405$, the area of the triangle. A radius of $0.405/0.6 = 0.675$. Against attacks of length 0.5 the
 #    first keeps 40 %, the second 60 %: the same ACR, and one is clearly better there. At 0.1 it is the other way round.
 # 3. On the fixed vectors the soft vote falls further: $\delta$ adapts to them. The judge, on fresh noise, sees next to
@@ -771,4 +795,5 @@ temporary.cleanup()
 # * J. Lei et al., *Robust representation consistency model via contrastive denoising*, ICLR 2025,
 #   [arXiv 2501.13094](https://arxiv.org/abs/2501.13094).
 #
-# [previous: 04](04_from_pretraining_to_smoothed_classifier.ipynb) | [next: 06](06_the_rivals.ipynb) | [contents](README.md)
+# previous: [04, from pre-training to a smoothed classifier](04_from_pretraining_to_smoothed_classifier.ipynb) |
+# [contents](README.md) | next: [06, the rivals](06_the_rivals.ipynb)
