@@ -205,8 +205,8 @@ plt.show()
 # **The idea** (Salman et al. 2019): train on the neighbour where the *smoothed* classifier is worst, found by an attack
 # on $J$ inside a ball.
 #
-# $$ x'_0 = x, \quad
-#    x'_{t+1} = \Pi_\varepsilon\Bigl(x'_t + \frac{2\varepsilon}T\,\frac{\nabla J(x'_t)}{\lVert\nabla J(x'_t)\rVert}\Bigr),
+# $$ x'_0 = x, \quad x'_{t+1} =
+#    \Pi_\varepsilon\Bigl(x'_t + \frac{2\varepsilon}T\,\frac{\nabla J(x'_t)}{\lVert\nabla J(x'_t)\rVert}\Bigr),
 #    \qquad \mathcal L = -\frac1m\sum_{i=1}^m\log \mathrm{softmax} f(x'_T + e_i)_y. \tag{6.4} $$
 #
 # $\Pi_\varepsilon$ clips the pixels to $[0, 1]$ and then shortens the way from $x$ to $\varepsilon$, by (5.4). The loss
