@@ -70,4 +70,22 @@ def test_the_map_of_equations_names_what_exists():
             thing = importlib.import_module(file)
             for part in name.split("."):
                 thing = getattr(thing, part)
-            assert name.split(".")[-1] in notebook.read_text(), f"{notebook.name} does not mention {name}"
+            last = name.split(".")[-1]
+            called_or_quoted = rf"\b{last}\(|`([\w.]+\.)?{last}`|\b{file}\.{re.escape(name)}\b"
+            assert re.search(called_or_quoted, notebook.read_text()), f"{notebook.name} does not mention {name}"
+
+
+def test_the_map_has_every_equation_that_has_a_number():
+    numbers = {"notebooks": {}, "map": {}}
+    for source in SOURCES:
+        for number in re.findall(r"\\tag\{([\d.]+)\}", source.read_text()):
+            assert number not in numbers["notebooks"], f"({number}) stands twice"
+            assert number.split(".")[0] == source.name[:2].lstrip("0")
+            numbers["notebooks"][number] = source.name[:2]
+    for row in (ROOT / "notebooks" / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        if len(cells) == 4 and (leading := re.match(r"(\(\d+\.\d+\)(, )?)+", cells[0])):
+            assert cells[2], f"no code, nor the word none: {row}"
+            for number in re.findall(r"\d+\.\d+", leading.group()):
+                numbers["map"][number] = cells[3]
+    assert numbers["map"] == numbers["notebooks"]
