@@ -895,8 +895,9 @@ for task in TASKS:
         seeds = [run["seed"] for run in chosen]
         print(f"{task:22} {name:8} {' / '.join(cells)}   seeds {seeds}, {chosen[0]['epochs']:g} epochs")
         assert seeds == [run["seed"] for run in of_task("dmae", task)]                  # seed by seed
-for ours, theirs in zip(of_task("dmae", "all labels"), of_task("mae", "all labels"), strict=True):
-    assert ours["noisy"] > theirs["noisy"]                                             # with all labels, in each seed
+ahead = [ours["noisy"] - theirs["noisy"] for ours, theirs in zip(of_task("dmae", "all labels"),
+                                                                 of_task("mae", "all labels"), strict=True)]
+assert min(ahead) == 0 and ahead.count(0) == 1                                         # the MAE is level in one seed
 
 figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
 for axis, (key, title) in zip(axes, MEASURES.items(), strict=True):
@@ -913,8 +914,9 @@ plt.show()
 # %% [markdown]
 # By linear probe, what the DMAE's features hold under noise is far ahead of the MAE's, although the MAE's are not bad
 # on *clean* images: it is the noise in pre-training that matters. After ten epochs of fine-tuning, the MAE has caught
-# up to within two or three points. No seed has it ahead under noise with all labels, but that is not much more than the
-# spread over the seeds. A network from scratch is still far behind, with few labels and with all.
+# up to within two or three points. With all labels no seed has it ahead under noise, and one has it level; but the
+# distance is not much more than the spread over the seeds. A network from scratch is still far behind, with few labels
+# and with all.
 #
 # How much to trust this? The dots are seeds, and a seed draws everything: initialisation, the pre-training's noise and
 # masks, the new head, the order of the images, the noise, and in the second task the labelled images. Not in the dots
@@ -1015,12 +1017,12 @@ plt.show()
 # stages take together, on the same machine?
 #
 # **No training at all.** Suppose that a test image were one of the training images $\mathcal T$, each equally likely,
-# plus noise. Notebook 03, (3.25), has the probability of each training image $x'$, given the noisy one $\tilde x$.
+# plus noise. Notebook 03, (3.25), has the probability of each training image $z$, given the noisy one $\tilde x$.
 # Summed over the set $\mathcal T_c$ of those of a class, it is the probability of the class:
 #
-# $$ \Pr[c \mid \tilde x] = \sum_{x' \in \mathcal T_c} \Pr(x' \mid \tilde x)
-#    = \frac{\sum_{x' \in \mathcal T_c} \exp\!\big(-\lVert\tilde x - x'\rVert^2 / 2\sigma^2\big)}
-#    {\sum_{x' \in \mathcal T} \exp\!\big(-\lVert\tilde x - x'\rVert^2 / 2\sigma^2\big)}. \tag{4.13} $$
+# $$ \Pr[c \mid \tilde x] = \sum_{z \in \mathcal T_c} \Pr(z \mid \tilde x)
+#    = \frac{\sum_{z \in \mathcal T_c} \exp\!\big(-\lVert\tilde x - z\rVert^2 / 2\sigma^2\big)}
+#    {\sum_{z \in \mathcal T} \exp\!\big(-\lVert\tilde x - z\rVert^2 / 2\sigma^2\big)}. \tag{4.13} $$
 #
 # Under the assumption no classifier of $\tilde x$ errs less often. The
 # assumption is wrong, of course: test digits are new ones, by new writers. But the noise is longer than the distance
@@ -1139,8 +1141,8 @@ plt.show()
 #
 # ## 4.8 What to take along
 #
-# * The smoothed classifier only ever asks $f$ about noisy images, which lie further from the clean one than other
-#   digits do. So $f$ has to be trained on them.
+# * The smoothed classifier only ever asks $f$ about noisy images. They lie further from the clean one than the median
+#   distance to the nearest training digit. So $f$ has to be trained on them.
 # * Cross-entropy under noise bounds the error of $g$, (4.2). It does not see the margin, which is the radius.
 # * Noise comes after the mix. A blend of noisy images carries less noise than it will meet, (4.7).
 # * Consistency takes a little at $r = 0$ and gives at large radii. It is judged by certified accuracy and by paired

@@ -138,13 +138,11 @@ assert theirs[0] == logged["predict"] and abs(k - logged["count"]) <= 20   # bit
 # makes a random stream of (seed, image, phase), and `count_under_noise` draws from it in chunks of fixed size. So a row
 # depends on seed, image index and settings alone. Two images must never share a stream, since their certificates would
 # fail together. So the key, a number of 32 bits, has to tell (image, phase) apart. The proof that it does is a function
-# that reads image and phase off the key. Each line of `generator_for` is undone in turn: an exclusive or with the upper
-# bits by another one, a product with an odd number by a product with its inverse modulo $2^{32}$.
+# that reads image and phase off the key. Each line of `generator_for` (its source is in notebook 02, section 2.7) is
+# undone in turn: an exclusive or with the upper bits by another one, a product with an odd number by a product with its
+# inverse modulo $2^{32}$.
 
 # %%
-show(certify.generator_for)
-
-
 def image_and_phase(key, seed):
     """(image index, phase) from the key of generator_for: its lines, undone from the last to the first."""
     for word in (0x9E3779B9, seed):

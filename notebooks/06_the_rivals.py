@@ -714,12 +714,13 @@ plt.show()
 # $$ t(\sigma) = \min\Bigl\{t : \sqrt{\tfrac{1-\bar a_t}{\bar a_t}} \ge 2\sigma\Bigr\}, \qquad
 #    x_t = \sqrt{\bar a_t}\,(2\tilde x - 1). \tag{6.12} $$
 #
-# With the model's prediction $U(x_t, t)$ of the noise, one step back is
+# With the model's prediction $\hat e(x_t, t)$ of the noise, one step back is
 #
 # $$ \mathcal D(\tilde x) = \tfrac12 + \tfrac12\,
-#    \mathrm{clip}\Bigl(\frac{x_t - \sqrt{1-\bar a_t}\;U(x_t, t)}{\sqrt{\bar a_t}}\Bigr). \tag{6.13} $$
+#    \mathrm{clip}\Bigl(\frac{x_t - \sqrt{1-\bar a_t}\;\hat e(x_t, t)}{\sqrt{\bar a_t}}\Bigr). \tag{6.13} $$
 #
-# This repository trains no diffusion. `denoise_by_diffusion` takes any callable $U(x_t, t)$, for those who have one.
+# This repository trains no diffusion. `denoise_by_diffusion` takes any callable $\hat e(x_t, t)$, for those who have
+# one.
 
 
 # %%
@@ -729,10 +730,10 @@ def my_step(sigma, abar):
             return t, math.sqrt(a)
 
 
-def my_diffusion_denoiser(U, noisy, t, abar):
+def my_diffusion_denoiser(e_hat, noisy, t, abar):
     a = abar[t].item()
     x_t = math.sqrt(a) * (2 * noisy - 1)
-    estimate = (x_t - math.sqrt(1 - a) * U(x_t, torch.full((len(noisy),), t))) / math.sqrt(a)
+    estimate = (x_t - math.sqrt(1 - a) * e_hat(x_t, torch.full((len(noisy),), t))) / math.sqrt(a)
     return (1 + estimate.clamp(-1, 1)) / 2
 
 
@@ -754,7 +755,7 @@ show(certify.diffusion_step, certify.denoise_by_diffusion)
 # $$ \mathbb E[x\mid \tilde x] = \bar x + \Sigma\,(\Sigma + \sigma^2 I)^{-1}(\tilde x - \bar x), \tag{6.14} $$
 #
 # Wiener's filter. A diffusion that has learnt such data perfectly predicts the noise
-# $U(x_t,t) = \bigl(x_t - \sqrt{\bar a_t}\;\mathbb E[2x-1\mid x_t]\bigr)/\sqrt{1-\bar a_t}$. We give it mean and
+# $\hat e(x_t,t) = \bigl(x_t - \sqrt{\bar a_t}\;\mathbb E[2x-1\mid x_t]\bigr)/\sqrt{1-\bar a_t}$. We give it mean and
 # covariance of the training digits, and one step of (6.13) must return (6.14).
 
 # %%
@@ -763,7 +764,7 @@ flat = (2 * train_x.double() - 1).flatten(1)
 centre, Sigma = flat.mean(dim=0), torch.cov(flat.T)                                    # in units of 2x - 1
 
 
-def U(x_t, t):
+def e_hat(x_t, t):
     """The noise that a perfect diffusion of Gaussian data would predict."""
     a = abar[t[0]].item()
     gain = math.sqrt(a) * Sigma @ torch.linalg.inv(a * Sigma + (1 - a) * torch.eye(64, dtype=torch.float64))
@@ -782,8 +783,8 @@ for sigma in LEVELS:
     noisy = x.double() + sigma * torch.randn(x.shape, dtype=torch.float64)
     t, scale = certify.diffusion_step(sigma, abar)
     at_step = math.sqrt(1 - scale**2) / scale / 2                                      # a little above sigma
-    found = certify.denoise_by_diffusion(U, noisy, sigma, abar)
-    torch.testing.assert_close(found, my_diffusion_denoiser(U, noisy, t, abar))
+    found = certify.denoise_by_diffusion(e_hat, noisy, sigma, abar)
+    torch.testing.assert_close(found, my_diffusion_denoiser(e_hat, noisy, t, abar))
     torch.testing.assert_close(found, wiener(noisy, at_step))
     theirs, ours = ((images - x).square().mean().item() for images in (found, certify.denoise(dmae, noisy.float())))
     print(f"sigma {sigma:4}: mean squared error {theirs:.4f} of the Gaussian diffusion, {ours:.4f} of DMAE")
@@ -808,7 +809,7 @@ assert abs(int(steps[error.argmin()]) - right_step) <= 1
 
 noisy = x.double() + SIGMA * torch.randn(x.shape, dtype=torch.float64)
 coarse = range(20, 700, 20)
-on_digits = [(my_diffusion_denoiser(U, noisy, t, abar) - x).square().mean().item() for t in coarse]
+on_digits = [(my_diffusion_denoiser(e_hat, noisy, t, abar) - x).square().mean().item() for t in coarse]
 
 figure = plt.figure(figsize=(10, 3.2))
 left, right_side = figure.subfigures(1, 2, width_ratios=(1, 1.1))
@@ -825,7 +826,7 @@ axes = right_side.subplots(3, 6)
 for column in range(6):
     image = noisy[[15 * column]]
     draw(axes[0, column], image[0, 0], f"y = {y[15 * column]}")
-    draw(axes[1, column], certify.denoise_by_diffusion(U, image, SIGMA, abar)[0, 0])
+    draw(axes[1, column], certify.denoise_by_diffusion(e_hat, image, SIGMA, abar)[0, 0])
     draw(axes[2, column], certify.denoise(dmae, image.float())[0, 0])
 for axis, name in zip(axes[:, 0], ("noisy", "Gaussian\ndiffusion", "DMAE"), strict=True):
     axis.set_ylabel(name, rotation=0, ha="right", va="center")
