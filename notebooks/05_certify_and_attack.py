@@ -33,7 +33,7 @@
 # * attack a smoothed classifier, test the attack where the truth is known, and read its success rate;
 # * say what a published difference of one point is worth.
 #
-# **It needs** notebooks 01 and 02, and the packages of `requirements.txt`; no GPU, no download. **It runs** in under a
+# **It needs** notebooks 01 and 02, and the packages of `requirements.txt`; no GPU, no download. **It runs** in about a
 # minute on two CPU cores. The files in `results/digits/` were written by
 #
 # ```sh
