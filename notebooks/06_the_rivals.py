@@ -310,8 +310,8 @@ axis.set(xlabel="step", ylabel=f"smoothed score of y = {y[i]}", ylim=(-0.05, 1.0
 plt.show()
 
 # %% [markdown]
-# Two steps reach the rim of the ball, the others look for a worse place on it. One attack shows little of chance, so
-# the cell makes thirty. On average the copies that an attack sees fall further than fresh ones: part of it is tailored
+# Two steps reach the rim of the ball, the others look for a worse place on it. One attack may be luck, so the cell
+# makes thirty. On average the copies that an attack sees fall further than fresh ones: part of it is tailored
 # to four draws of noise. More copies tell less of chance and more of $g$, and cost as much more.
 #
 # **Cost**: $T$ passes for the attack and one for the loss, each forward and backward and for $m$ copies, so $m(T+1)$ an
@@ -1113,7 +1113,7 @@ for place, method in enumerate(compared):
         dots = [run["two-sided"]["acr"] for run in started[method, init]]
         axes[0].plot(dots, [shift - place] * len(dots), "o", color=colour, markersize=4)
         draw_curve(axes[1 + place], started[method, init], colour)
-    for (name, colour), corner in zip(INITS.values(), ((0.4, 64), (0.1, 45), (0.02, 5)), strict=True):
+    for (name, colour), corner in zip(INITS.values(), ((0.4, 64), (0.1, 45), (0.3, 15)), strict=True):
         axes[1 + place].text(*corner, name, color=colour)
     axes[1 + place].set(title=METHODS[method][0], xlabel="radius $r$", xlim=(0, 1), ylim=(0, 102))
 axes[0].set_yticks([-place for place in range(len(compared))], [METHODS[method][0] for method in compared])
