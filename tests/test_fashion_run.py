@@ -35,6 +35,7 @@ def test_every_command_of_the_plan_is_accepted_and_each_run_has_a_folder_of_its_
         flags[place] = "scratch"                                                          # which needs no file
         args = finetune.parse(flags)
         assert stage == "finetune.py" and args.sigma == one.sigma and args.seed == one.seed
+        assert args.layer_decay == (1.0 if one.init == "scratch" else 0.75)
         assert args.linear_probe == (one.part == "linear probe")
         assert (args.labels_per_class or "all") == {"100 labels a class": 100, "10 labels a class": 10}.get(one.part, "all")
         assert args.consistency == (5.0 if one.part == "recipe" else 0.0)

@@ -58,7 +58,7 @@ class Run:
         return RUNS / self.name
 
     def commands(self, shared):
-        init = "scratch" if self.init == "scratch" else RUNS / self.init / "pretrain.pt"
+        init = RUNS / self.init / "pretrain.pt" if self.init in PRETRAININGS else "scratch --layer-decay 1"
         common = f"--recipe fashion --sigma {self.sigma:g} --out {self.out} {shared}"
         return (f"python finetune.py {common} --init {init} --seed {self.seed} {self.flags}",
                 f"python certify.py {common} {self.certify}")
