@@ -208,7 +208,8 @@ print("of 2000 noisy copies of a random image:", counts.tolist())
 show(certify.count_classes)
 
 
-# %% [markdown] **Check.** In one dimension, let $f$ answer class 1 on the interval $[-1, 2]$ and class 0 elsewhere.
+# %% [markdown]
+# **Check.** In one dimension, let $f$ answer class 1 on the interval $[-1, 2]$ and class 0 elsewhere.
 # Then $p_1(x) = \Phi((2 - x)/\sigma) - \Phi((-1 - x)/\sigma)$. The counts have to agree with it, up to the standard
 # deviation of a binomial count.
 
@@ -784,7 +785,8 @@ axes[2].minorticks_off()
 axes[2].legend()
 plt.show()
 
-# %% [markdown] **(b) Large $\sigma$ in high dimension: regions are left.** A noisy copy is not near $x$. Its squared
+# %% [markdown]
+# **(b) Large $\sigma$ in high dimension: regions are left.** A noisy copy is not near $x$. Its squared
 # distance $\lVert e\rVert^2$ is $\sigma^2$ times a $\chi^2_d$ variable, with the mean $\sigma^2 d$ and the standard
 # deviation $\sigma^2\sqrt{2d}$. So the copies lie in a thin shell of radius about $\sigma\sqrt d$. If the region of
 # class $A$ is a ball of radius $\Delta$ around $x$, then
@@ -855,7 +857,8 @@ axes[0].legend()
 plt.show()
 
 
-# %% [markdown] **On the digits.** The same small network, trained on four noise levels and certified at each. Every
+# %% [markdown]
+# **On the digits.** The same small network, trained on four noise levels and certified at each. Every
 # curve is the share of test images that are answered rightly *and* certified beyond the radius. From $\sigma = 0.12$
 # to $0.5$ each curve starts lower and reaches farther than the one before: the trade. At $\sigma = 1$ the trade is
 # over. The classes drown, shares stay near one half, and the radii shrink as well: (1.10) and (1.11) at work. (The
@@ -981,7 +984,8 @@ assert isinstance(network, model.Encoder)
 assert torch.allclose(model.Encoder.prepare(network, images), prepare_by_hand(images, 224, mean, std), atol=1e-6)
 print(f"{tuple(images.shape)} -> {tuple(network.prepare(images).shape)}")
 
-# %% [markdown] **Check.** The same linear classifier, told once in $[0, 1]$ and once in $[0, 255]$ (which `certify`
+# %% [markdown]
+# **Check.** The same linear classifier, told once in $[0, 1]$ and once in $[0, 255]$ (which `certify`
 # takes for a mistake unless told `any_range`). With the same random stream it gets the same counts, and the radius is
 # multiplied by 255. Then three channels with different $\text{std}_j$: over many directions, the point of the
 # ellipsoid's surface that is nearest to its centre lies at $R_u \min_j \text{std}_j$.
@@ -1045,7 +1049,8 @@ for name, delta in (("smooth", smooth), ("white", white), ("checkerboard", rough
     assert ratio <= norm_t + 1e-3
 
 
-# %% [markdown] **Check 2.** A base classifier whose true distances are known: is the mean of the enlarged image above
+# %% [markdown]
+# **Check 2.** A base classifier whose true distances are known: is the mean of the enlarged image above
 # one half? It is linear, so (1.9) applies in either space. We certify the same small image both ways. Then we walk
 # nine tenths of the second radius, on the small grid, towards the plane.
 
@@ -1076,7 +1081,8 @@ axis.set(xlabel=r"certified $\ell_2$ radius of the 32 × 32 image (pixels in [0,
 axis.grid(axis="y", visible=False)
 plt.show()
 
-# %% [markdown] **What does the same $\sigma$ mean at another resolution?** Take a scene at 32 and at $224 = 7 \cdot
+# %% [markdown]
+# **What does the same $\sigma$ mean at another resolution?** Take a scene at 32 and at $224 = 7 \cdot
 # 32$ pixels a side. Averaging blocks of $7 \times 7$ pixels brings the large one back to the small one. It brings
 # independent noise of deviation $\sigma$ on the large one to
 #

@@ -123,7 +123,8 @@ axes[2].set(xlabel="answer of f", ylabel="noisy copies, of 4000", xticks=range(1
 axes[2].grid(axis="x", visible=False)
 plt.show()
 
-# %% [markdown] It is tempting to put $\hat p$ into the formula of the radius. Two things go wrong. The estimate is
+# %% [markdown]
+# It is tempting to put $\hat p$ into the formula of the radius. Two things go wrong. The estimate is
 # too large about half of the time, and then so is the radius: the "certificate" is false with probability near $1/2$.
 # Worse, $k = n$ is the likely outcome if $f$ errs on a copy in a million. Then $\sigma\,\Phi^{-1}(1) = \infty$ is the
 # claim, and no finite experiment supports it.
@@ -268,7 +269,8 @@ for (name, n), (error, above) in worst.items():
     print(f"{name:16} n = {n:4}: largest error {error / alpha:6.2f} alpha; for p > 1/2 {above / alpha:5.2f} alpha")
     assert (error <= alpha * (1 + 1e-6)) == (name != "Wilson")
 
-# %% [markdown] (Where a curve ends on the right, $p$ exceeds the largest value of the bound, which then cannot err.)
+# %% [markdown]
+# (Where a curve ends on the right, $p$ exceeds the largest value of the bound, which then cannot err.)
 # The saw teeth of Clopper and Pearson touch the line from below and never cross it. Its coverage is at times better
 # than promised, because counts are integers; that is the price of a promise for every $p$.
 #
@@ -335,7 +337,8 @@ for i in range(0, 360, 45):
     assert mine == certify.certify(vit, digit(i), 0.25, n0=100, n=500, alpha=alpha, index=i)
     print(f"test image {i}, a {images.labels[i]}: {mine}")
 
-# %% [markdown] The scripts' `certify` gives the same. It has a second way, `bound="two-sided"`, which takes
+# %% [markdown]
+# The scripts' `certify` gives the same. It has a second way, `bound="two-sided"`, which takes
 # $\overline{p_B}$ from the counts of the other classes (section 2.11); with $\overline{p_B} = 1 - \underline{p_A}$,
 # to abstain at $\underline{p_A} \le \overline{p_B}$ is to abstain at $\underline{p_A} \le \frac12$.
 #
@@ -354,7 +357,8 @@ assert pooled == {i: certify_by_hand(vit, x, sigma, 100, 500, alpha, i) for i, x
 print("certify and certify_all agree:", pooled)
 
 
-# %% [markdown] **Check.** The chance to abstain is exactly $\Pr_p[k < k^*]$, where $k^*$ is the least count with
+# %% [markdown]
+# **Check.** The chance to abstain is exactly $\Pr_p[k < k^*]$, where $k^*$ is the least count with
 # $\underline p(k^*) > 1/2$. That is in turn the least count whose tail under a fair coin is below $\alpha$. We
 # compare the latter sum, in whole numbers, with the bound. And we count false certificates on the boundary of a
 # linear classifier, where $p = 1/2$ and every certificate is false.
@@ -514,7 +518,8 @@ plt.show()
 # %%
 show(certify.generator_for)
 
-# %% [markdown] **Check.** The streams of the phases differ. Reuse and fresh draws, exactly, by enumeration of all
+# %% [markdown]
+# **Check.** The streams of the phases differ. Reuse and fresh draws, exactly, by enumeration of all
 # counts; and (2.9) by simulation. The right panel shows the other side: how few draws selection needs. A wrong choice
 # is harmless, it only wastes an image: the true share is then below one half, and the bound abstains.
 
@@ -779,7 +784,8 @@ plt.show()
 show(certify.Sequential)
 
 
-# %% [markdown] **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n =
+# %% [markdown]
+# **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n =
 # 100\,000$. How many draws does it take until it stops, and is its bound ever above the truth? Close to the boundary
 # (grey line) it needs tens of thousands of draws; away from it, about a thousand. ($R \ge r$ is undecidable at the
 # boundary itself.) The third bullet is checked by hand: after a futile stop the evidence against the next radius is
@@ -922,7 +928,8 @@ for classes in (2, 3, 10):
         assert np.allclose(pair, pair_by_hand(tally, top, alpha), rtol=0, atol=1e-9)
 print("of 40 copies 20, 12 and 8:", ", ".join(f"{bound:.4f}" for bound in pair_by_hand([20, 12, 8], 0, alpha)))
 
-# %% [markdown] **Check.** The error of (2.17), exactly: there are 861 outcomes for three classes and $n = 40$. We add
+# %% [markdown]
+# **Check.** The error of (2.17), exactly: there are 861 outcomes for three classes and $n = 40$. We add
 # up the multinomial probabilities of those where $\underline{p_A}$ or $\overline{p_B}$ is on the wrong side of the
 # truth, for shares all over the simplex.
 
@@ -970,7 +977,8 @@ axis.set(xlabel="true share of A, three classes, n = 40", ylabel="chance of erro
 axis.legend(loc="upper left")
 plt.show()
 
-# %% [markdown] Unless $\alpha$ is shared the line is crossed: two bounds err more often than one. And the blue line
+# %% [markdown]
+# Unless $\alpha$ is shared the line is crossed: two bounds err more often than one. And the blue line
 # shows what a bound for each rival would give away.
 #
 # **The plane of $\underline{p_A}$ and $\overline{p_B}$.** With $\Phi^{-1}$ as scale on both axes the level lines of
@@ -1025,7 +1033,8 @@ handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legen
 figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, fontsize=8.5)
 plt.show()
 
-# %% [markdown] Below the line $R = 0$ (the diagonal $p_A = p_B$) the two-sided radius is positive; the one-sided one
+# %% [markdown]
+# Below the line $R = 0$ (the diagonal $p_A = p_B$) the two-sided radius is positive; the one-sided one
 # needs the vertical line $p_A = \frac12$. The wedge between them holds the images that were given away. Here is one,
 # by `certify` itself:
 
@@ -1118,7 +1127,8 @@ axis.set(xlabel="share of the strongest rival in what A lost (K = 10)", ylabel=r
 axis.legend()
 plt.show()
 
-# %% [markdown] **Sequential, too.** `Sequential` keeps both pairs at every look. Its two-sided pair is (2.17) with
+# %% [markdown]
+# **Sequential, too.** `Sequential` keeps both pairs at every look. Its two-sided pair is (2.17) with
 # the anytime bound in place of (2.2), at $\alpha/2$ as before: half of that for $A$, half for the rivals. The upper
 # bound of a rival is again one minus the lower bound of its failures. After the $n$-th draw comes (2.17) itself, at
 # the other $\alpha/2$. `bound=` says which of the two radii the rule for stopping means.
@@ -1144,7 +1154,8 @@ for bound in ("one-sided", "two-sided"):
     print(f"{bound}: stopped after {spent} draws")
     assert max(spent) < 50_000
 
-# %% [markdown] *Sources.* The pair $(\underline{p_A}, \overline{p_B})$: Cohen, Rosenfeld and Kolter 2019, theorem 1.
+# %% [markdown]
+# *Sources.* The pair $(\underline{p_A}, \overline{p_B})$: Cohen, Rosenfeld and Kolter 2019, theorem 1.
 # Simultaneous Clopper-Pearson bounds that share $\alpha$: Jia et al. 2020, for top-$k$ predictions, which need the
 # bounds of several classes. Bounds that may be looked at any time: Voracek 2024. Classes in groups, so that fewer
 # bounds share $\alpha$: Delattre et al. 2025.
@@ -1196,7 +1207,8 @@ for M, a in ((1, 0.001), (20, 0.05), (120, 0.001), (500, 0.001), (1000, 0.002)):
     assert certify.excess(M, a, rho) == excess_by_hand(M, a, rho)
 print("images, false certificates:", {M: certify.excess(M, alpha, rho) for M in (120, 500, 10_000)})
 
-# %% [markdown] **Check.** Unequal error chances do no harm (their distribution is computed by convolution);
+# %% [markdown]
+# **Check.** Unequal error chances do no harm (their distribution is computed by convolution);
 # Bernstein's bound with and without the factor; and the committed run's table.
 
 # %%
@@ -1316,7 +1328,8 @@ for _ in range(20):
     assert np.array_equal(np.round((out * G).double().numpy()), np.round((x * G).double().numpy()) + j)
 show(certify.GridNoise)
 
-# %% [markdown] **Check.** The frequencies of the integers against (2.21); the identity on the left by exact rational
+# %% [markdown]
+# **Check.** The frequencies of the integers against (2.21); the identity on the left by exact rational
 # arithmetic; and the trap. With grid noise, what is claimed at $x = 1$ is also true at $x = 0$, as both are multiples
 # of $1/16$ and stay such.
 
@@ -1352,7 +1365,8 @@ axis.set(xlabel=r"integer $j$ (noise in units of $1/16$)", ylabel="share (%)")
 axis.legend()
 plt.show()
 
-# %% [markdown] One more place where digits matter: the radius that is printed. The quantiles are themselves computed
+# %% [markdown]
+# One more place where digits matter: the radius that is printed. The quantiles are themselves computed
 # in floats, and a table entry must not exceed the truth. So radii are rounded *down*, with a margin of $10^{-9}$ for
 # errors of the special functions (`round_down`). And in one sense floats are no approximation at all: the theorem is
 # about $f$ *as it is computed*. A network run in another precision, or with another kernel, is another $f$, with its
