@@ -26,7 +26,7 @@
 # \alpha$*. It is also about the many ways to spoil that sentence without noticing, and about what it says of a whole
 # test set.
 #
-# **Afterwards you will be able to**
+# **Afterwards you can**
 # * derive the bound of Clopper and Pearson, write CERTIFY and PREDICT from it, and say what each of them promises;
 # * recognise a false certificate in the making: an estimate in place of a bound, reused draws, the best of several
 #   runs, a look at the count;
@@ -56,12 +56,13 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
-sys.path.insert(0, str(root))                              # works from notebooks/ and from the repository's root
+ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
+sys.path.insert(0, str(ROOT))                              # works from notebooks/ and from the repository's root
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import Markdown, display
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import betaincc, betaln, expit, gammaln, xlogy
@@ -81,8 +82,9 @@ plt.rcParams.update({
 
 
 def show(*things):
-    """Print the source of functions and classes, as the scripts have it."""
-    print("\n".join(inspect.getsource(thing) for thing in things))
+    """The source of functions and classes, as it stands in the scripts."""
+    for thing in things:
+        display(Markdown(f"```python\n{inspect.getsource(thing)}```"))
 
 
 # %% [markdown]
@@ -99,7 +101,7 @@ def show(*things):
 # python finetune.py --sigma 0.25`.
 
 # %%
-checkpoint = model.read_checkpoint(root / "results/digits/finetune_sigma_0.25.pt", "finetune")
+checkpoint = model.read_checkpoint(ROOT / "results/digits/finetune_sigma_0.25.pt", "finetune")
 vit = certify.rebuild(checkpoint, "the checkpoint").eval()
 images = certify.open_images("digits", None, train=False, size=8, channels=1)
 
@@ -304,8 +306,8 @@ for n in (100, 10_000):
 # %% [markdown]
 # ## 2.4 CERTIFY, and when to abstain
 #
-# If $\underline p(k) \le 1/2$, formula (1.7) gives no positive radius, and it is not even certain that $g$ answers
-# $A$ at $x$ itself. Then nothing is said:
+# Formula (1.7) gives no positive radius if $\underline p(k) \le 1/2$. It is then not even certain that $g$ answers $A$
+# at $x$ itself, and nothing is said:
 #
 # $$ \text{CERTIFY: } \quad \begin{cases} (A,\ \sigma\,\Phi^{-1}(\underline p(k))) & \underline p(k) > \tfrac12 \\
 #    \text{abstain} & \underline p(k) \le \tfrac12 \end{cases}
@@ -463,7 +465,7 @@ for n in (10, 1000, 100_000):
     approximation = math.sqrt(2 * math.log(max(1, n / (2 * math.log(1 / alpha)))))
     assert abs(largest - norm.ppf(share)) < 1e-6
     assert n < 1000 or 0 < approximation - largest < 0.5
-rows = certify.read_rows(root / "results/digits/certify_sigma_0.25.tsv")
+rows = certify.read_rows(ROOT / "results/digits/certify_sigma_0.25.tsv")
 cap = certified_radius(lower_confidence_bound(10_000, 10_000, alpha), 0.25)
 for row in rows:
     p_a = lower_confidence_bound(row["count"], row["n"], alpha)
@@ -491,8 +493,8 @@ plt.show()
 # ## 2.7 Selection and estimation: why the draws must be fresh
 #
 # The count in (2.2) belongs to a class that was fixed *before* the draws were made. CERTIFY therefore takes $n_0$
-# copies to choose $A$, and $n$ fresh ones to count. If one set served both purposes, $k$ would be the *largest* of
-# several counts, which is not binomial. The error is then bounded only by a sum over what could have been chosen:
+# copies to choose $A$, and $n$ fresh ones to count. The count would be the *largest* of several, which is not binomial,
+# if one set served both purposes. The error is then bounded only by a sum over what could have been chosen:
 #
 # $$ \Pr\bigl[\underline p(k_{\hat c}) > p_{\hat c}\bigr] \;=\; \sum_{c} \Pr\bigl[\underline p(k_c) > p_c,\ \hat c =
 #    c\bigr] \;\le\; \sum_{c} \Pr\bigl[\underline p(k_c) > p_c\bigr] \;\le\; K \alpha, \qquad \hat c = \arg\max_c k_c.
@@ -512,21 +514,30 @@ plt.show()
 # (The envelope over several $\sigma$ in the literature's tables chooses among whole curves, each of them a valid
 # statement; the choice is made on the test set. Notebook 05 says what that means.)
 #
-# The two random streams of an image, and a third for `predict`, are kept apart by `generator_for`, whose key holds
-# the phase:
+# The two random streams of an image, and a third for `predict`, are kept apart by `generator_for`. A stream belongs to
+# a seed, an image and a phase: the same three give the same draws, others give other draws. For one seed no two keys
+# are equal, since every line of the mixing is a bijection of 32-bit numbers:
 
 # %%
 show(certify.generator_for)
 
 # %% [markdown]
-# **Check.** The streams of the phases differ. Reuse and fresh draws, exactly, by enumeration of all
-# counts; and (2.9) by simulation. The right panel shows the other side: how few draws selection needs. A wrong choice
-# is harmless, it only wastes an image: the true share is then below one half, and the bound abstains.
+# **Check** of the streams: the same three again; a change of one of the three; and the keys of many images. Reuse and
+# fresh draws, exactly, by enumeration of all counts; and (2.9) by simulation. The right panel shows the other side: how
+# few draws selection needs. A wrong choice is harmless, it only wastes an image: the true share is then below one half,
+# and the bound abstains.
 
 # %%
-streams = [torch.randn(1000, generator=certify.generator_for(0, 7, phase, "cpu")) for phase in (0, 1, 2)]
-correlation = torch.corrcoef(torch.stack(streams))
-assert (correlation - torch.eye(3)).abs().max() < 0.15
+def stream(seed, image, phase):
+    return torch.randn(1000, generator=certify.generator_for(seed, image, phase, "cpu"))
+
+
+assert torch.equal(stream(0, 7, 1), stream(0, 7, 1))
+others = [stream(0, 7, 0), stream(0, 7, 1), stream(0, 7, 2), stream(0, 8, 1), stream(1, 7, 1)]
+assert (torch.corrcoef(torch.stack(others)) - torch.eye(5)).abs().max() < 0.15
+keys = [certify.generator_for(0, image, phase, "cpu").initial_seed() for image in range(3000) for phase in (0, 1, 2)]
+assert len(set(keys)) == len(keys)
+print(f"{len(set(keys))} different keys of 3000 images in 3 phases")
 
 n, a = 100, 0.05
 k = np.arange(n + 1)
@@ -578,8 +589,8 @@ plt.show()
 #    \quad\text{and in general far above } \alpha, \qquad n_1 < n_2 < \dots < n_t \text{ the looks.} \tag{2.10} $$
 #
 # How bad is it? Looks at similar $n$ are correlated, so it is less than $t\alpha$. But it is not bounded by anything
-# below 1. By the law of the iterated logarithm, $k_n - np$ exceeds $\sqrt{2 p (1-p) n \ln\ln n}\,(1 - \epsilon)$
-# infinitely often, for every $\epsilon > 0$, while the margin of a fixed-$n$ bound is only a constant times $\sqrt
+# below 1. By the law of the iterated logarithm, $k_n - np$ exceeds any fixed fraction of
+# $\sqrt{2 p (1-p) n \ln\ln n}$ infinitely often, while the margin of a fixed-$n$ bound is only a constant times $\sqrt
 # n$. Anyone who keeps drawing long enough is certain to see a bound that exceeds the truth. (This also holds for the
 # informal version: draw 10 000, and if the image "nearly" made it, another 10 000.)
 #
@@ -664,10 +675,13 @@ for a, errors in peeked.items():
 # refuted. That happens with probability at most $\alpha$, for all $n$ together.
 #
 # The integral has a closed form. $\theta^{k}(1-\theta)^{n-k}$ times the Beta density is another Beta density, so
-# numerator and normalisation are upper tails of Beta distributions. With $B(a, b)$ the Beta function,
+# numerator and normalisation are upper tails of Beta distributions. With the Beta function
+# $\operatorname{beta}(a, b) = \int_0^1 \theta^{a-1} (1 - \theta)^{b-1}\, d\theta$,
 #
-# $$ E_n = \frac{B(k + \frac12,\, n - k + \frac12)\; \Pr[\operatorname{Beta}(k + \frac12,\, n - k + \frac12) > p_0]}
-#    {B(\frac12, \frac12)\; \Pr[\operatorname{Beta}(\frac12, \frac12) > p_0]}\; p_0^{-k} (1 - p_0)^{-(n-k)}. $$
+# $$ E_n = \frac{\operatorname{beta}(k + \frac12,\, n - k + \frac12)\;
+#    \Pr[\operatorname{Beta}(k + \frac12,\, n - k + \frac12) > p_0]}
+#    {\operatorname{beta}(\frac12, \frac12)\; \Pr[\operatorname{Beta}(\frac12, \frac12) > p_0]}\;
+#    p_0^{-k} (1 - p_0)^{-(n-k)}. $$
 #
 # In code: its logarithm, and a bisection. The scripts' `log_e_value` and `anytime_lower_bound` must agree.
 
@@ -760,25 +774,82 @@ plt.show()
 # the right to stop. A table of certified accuracy asks only whether the radius reaches 0.25, 0.5 and so on. So an
 # image may stop
 # * as soon as the largest radius of the table is proven;
-# * when the next one is *out of reach*, as not even successes in all draws to come would prove it
-#   (`Sequential.most`);
-# * or when that one is *futile*. With $r$ the next radius, futility means
+# * when the next one, $r$, is *out of reach*, as not even successes in all draws to come would prove it;
+# * or when $r$ is *futile*: the evidence against $p_A \ge \Phi(r/\sigma)$ reaches 100. That evidence is (2.11) with
+#   successes and failures exchanged.
 #
-# $$ \text{evidence against } p_A \ge \Phi(r/\sigma) \text{ reaches } 100, \tag{2.14} $$
+# The last two compare $r$ with a radius each: the most that can still be proven, and the largest that is not refuted.
+# After $k$ successes in $n$ of at most $n_{\max}$ draws, with $\underline p_n$ the best bound of all looks so far, they
+# say
 #
-# computed as (2.11) with successes and failures exchanged. It needs no share of $\alpha$. The anytime bounds hold at
-# all looks at once, hence at the one where one stops, for whatever reason. A wrong stop can make a radius smaller,
-# never false.
+# $$ \sigma\,\Phi^{-1}\bigl(\max\{\underline p_n,\ \underline p_{\alpha/2}(k + n_{\max} - n)\}\bigr) < r
+#    \qquad\text{or}\qquad \sigma\,\Phi^{-1}\bigl(1 - \underline p_{n,\,1/100}(n - k)\bigr) \le r. \tag{2.14} $$
 #
-# An image whose radius lies next to one of the table's gets all its $n$ draws, and there the anytime bound would be a
-# worse judge than Clopper and Pearson's. So $\alpha$ is split: the anytime bounds are computed at $\alpha/2$, and one
-# Clopper-Pearson bound at $\alpha/2$ after the $n$-th draw. Its chance of error is at most $\alpha/2$ whether or not
+# On the left stands `Sequential.most`, with the bound (2.2) after all $n_{\max}$ draws at the error $\alpha/2$. On the
+# right stands `Sequential.possible`, with the anytime bound for $n - k$ failures in $n$ draws at the error $1/100$.
+# Futility needs no share of $\alpha$. The anytime bounds hold at all looks at once, hence at the one where one stops,
+# for whatever reason. A wrong stop can make a radius smaller, never false.
+#
+# An image whose radius lies next to one of the table's gets all $n_{\max}$ draws, and there the anytime bound would be
+# a worse judge than Clopper and Pearson's. So $\alpha$ is split: the anytime bounds are computed at $\alpha/2$, and one
+# Clopper-Pearson bound at $\alpha/2$ after the last draw. Its chance of error is at most $\alpha/2$ whether or not
 # one gets so far (imagine the draws that were not made). By the union bound all these bounds hold together with
 # probability $1 - \alpha$. The price is small, since bounds depend on $\ln(1/\alpha)$.
 #
-# Drawing as much as an image needs has been done before: Horvath et al. (2022) do it in stages that share $\alpha$,
+# Drawing as much as an image needs has been done before: Horváth et al. (2022) do it in stages that share $\alpha$,
 # Chen et al. (2022) choose the number of draws for each image, and Voracek (2024) uses bounds that hold at all times.
-# The rule here is `Sequential`:
+#
+# In the page, the rule is (2.14) and a dozen lines around it. In the scripts it is `Sequential`. Both must agree at
+# every look, on the bound, on the two radii of (2.14) and on whether to stop.
+
+# %%
+def anytime_or_none(k, n, alpha):
+    return anytime_by_hand(k, n, alpha) if k else 0.0                       # no success, no evidence
+
+
+def most_by_hand(k, n, n_max, best, sigma):
+    return sigma * norm.ppf(max(best, lower_confidence_bound(k + n_max - n, n_max, alpha / 2)))
+
+
+def possible_by_hand(k, n, sigma):
+    return sigma * norm.ppf(1 - anytime_or_none(n - k, n, 1 / 100))
+
+
+def look_by_hand(k, n, n_max, best, sigma, radii):
+    """(the best bound so far, why to stop or None), after k successes in n draws."""
+    best = max(best, anytime_or_none(k, n, alpha / 2))
+    if n == n_max:
+        return max(best, lower_confidence_bound(k, n, alpha / 2)), "all draws made"
+    unproven = [r for r in (0, *radii) if r > sigma * norm.ppf(best)]
+    if not unproven:
+        return best, "all radii proven"
+    if most_by_hand(k, n, n_max, best, sigma) < unproven[0]:
+        return best, "out of reach"
+    if possible_by_hand(k, n, sigma) <= unproven[0]:
+        return best, "futile"
+    return best, None
+
+
+random, n_max, radii, s = np.random.default_rng(16), 5000, (0.25, 0.5, 1.0), 0.5
+rule = certify.Sequential(n_max, alpha, s, radii)
+reasons = dict.fromkeys(("all draws made", "all radii proven", "out of reach", "futile"), 0)
+for p in norm.cdf(random.uniform(-0.2, 3, 60)):
+    k, n, best, bounds, reason = 0, 0, 0.0, None, None
+    while reason is None:
+        look = rule.next_look(n)
+        k, n = k + int(random.binomial(look - n, p)), look
+        best, reason = look_by_hand(k, n, n_max, best, s, radii)
+        counts_so_far = torch.tensor([k, n - k])
+        bounds, stop = rule.decide(counts_so_far, 0, n, bounds)
+        assert np.isclose(bounds["one-sided"][0], best, rtol=1e-9, atol=0) and stop == (reason is not None)
+        assert np.isclose(rule.most(counts_so_far, 0, n, bounds), most_by_hand(k, n, n_max, best, s))
+        assert np.isclose(rule.possible(counts_so_far, 0, n), possible_by_hand(k, n, s))
+    reasons[reason] += 1
+print("why 60 images stopped:", reasons)
+assert min(reasons.values()) > 0
+
+# %% [markdown]
+# The scripts' rule, whole:
 
 # %%
 show(certify.Sequential)
@@ -788,8 +859,7 @@ show(certify.Sequential)
 # **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n =
 # 100\,000$. How many draws does it take until it stops, and is its bound ever above the truth? Close to the boundary
 # (grey line) it needs tens of thousands of draws; away from it, about a thousand. ($R \ge r$ is undecidable at the
-# boundary itself.) The third bullet is checked by hand: after a futile stop the evidence against the next radius is
-# at least 100.
+# boundary itself.) And after a futile stop the evidence (2.11) against the next radius must be at least 100.
 
 # %%
 def run_sequential(p, rule, random):
@@ -849,9 +919,9 @@ plt.show()
 # the rivals' counts are there. From now on a radius is *one-sided* if $\overline{p_B} = 1 - \underline{p_A}$, and
 # *two-sided* if $\overline{p_B}$ comes from the counts.
 #
-# **Check** (2.15) on a classifier that looks at one pixel: $A$ below $a$, $B$ above $b$, and between the two, many
-# classes with a little each. When the pixel moves up by $t$, the shares of $A$ and $B$ are $\Phi((a - t)/\sigma)$ and
-# $\Phi((t - b)/\sigma)$. They meet exactly at the two-sided radius; the one-sided one is smaller.
+# **Check** (2.15) on the classifier of notebook 01, section 1.9, here with one pixel: $A$ below $a$, $B$ above $b$, and
+# between the two, many classes with a little each. There the shares of $A$ and $B$ meet exactly at the two-sided
+# radius. The one-sided one is smaller.
 
 # %%
 def radius_of(pair, sigma):
@@ -978,8 +1048,8 @@ axis.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# Unless $\alpha$ is shared the line is crossed: two bounds err more often than one. And the blue line
-# shows what a bound for each rival would give away.
+# The line is crossed unless $\alpha$ is shared: two bounds err more often than one. And the blue line shows what a
+# bound for each rival would give away.
 #
 # **The plane of $\underline{p_A}$ and $\overline{p_B}$.** With $\Phi^{-1}$ as scale on both axes the level lines of
 # both radii are straight: vertical for the one-sided radius, at 45 degrees for the two-sided one. On the edge
@@ -1130,9 +1200,51 @@ plt.show()
 # %% [markdown]
 # **Sequential, too.** `Sequential` keeps both pairs at every look. Its two-sided pair is (2.17) with
 # the anytime bound in place of (2.2), at $\alpha/2$ as before: half of that for $A$, half for the rivals. The upper
-# bound of a rival is again one minus the lower bound of its failures. After the $n$-th draw comes (2.17) itself, at
-# the other $\alpha/2$. `bound=` says which of the two radii the rule for stopping means.
+# bound of a rival is again one minus the lower bound of its failures. After the last draw comes (2.17) itself, at the
+# other $\alpha/2$. The two radii of (2.14) are two-sided, too. The most that can be proven is what (2.17) says if all
+# draws to come are $A$'s. The largest that is not refuted has $p_A$ at its upper bound and the largest rival at its
+# lower bound, each an anytime bound at the error $1/100$. `bound=` says which of the radii the rule for stopping means.
 #
+# In the page, and against `Sequential`, with a few draws:
+
+# %%
+def anytime_pair(tally, top, a):
+    """(2.17), with the anytime bound in place of (2.2)."""
+    n, strongest = sum(tally), max(np.delete(tally, top))
+    p_a = anytime_or_none(tally[top], n, a / 2)
+    return p_a, min(1 - anytime_or_none(n - strongest, n, a / 2), 1 - p_a)
+
+
+def better(one, other):
+    """The best of two pairs that hold together."""
+    p_a = max(one[0], other[0])
+    return p_a, min(one[1], other[1], 1 - p_a)
+
+
+def signed_radius(pair, sigma):
+    """(2.15), negative where p_A < p_B."""
+    return sigma / 2 * (norm.ppf(pair[0]) - norm.ppf(pair[1]))
+
+
+random, n_max = np.random.default_rng(17), 300
+rule = certify.Sequential(n_max, alpha, 0.5, [0.1], bound="two-sided", first=100)
+for _ in range(5):
+    tally, best, bounds, shares = np.zeros(4, dtype=int), (0.0, 1.0), None, random.dirichlet(np.ones(4))
+    for n in range(100, n_max + 1, 100):
+        tally = tally + random.multinomial(100, shares)
+        best = better(best, anytime_pair(tally, 0, alpha / 2))
+        if n == n_max:
+            best = better(best, pair_by_hand(tally, 0, alpha / 2))
+        bounds = rule.bounds(tally, 0, n, bounds)
+        assert np.allclose(bounds["two-sided"], best, rtol=1e-9, atol=1e-9)
+        all_for_a = tally + np.array([n_max - n, 0, 0, 0])
+        most = signed_radius(better(best, pair_by_hand(all_for_a, 0, alpha / 2)), 0.5)
+        assert np.isclose(rule.most(tally, 0, n, bounds), most)
+        at_best = (1 - anytime_or_none(n - tally[0], n, 1 / 100), anytime_or_none(max(tally[1:]), n, 1 / 100))
+        assert np.isclose(rule.possible(tally, 0, n), signed_radius(at_best, 0.5))
+print("the two-sided pair, and both radii of (2.14), are those of Sequential")
+
+# %% [markdown]
 # **Check** with multinomial draws for our digit's shares: does the pair hold at the end, and how many draws does it
 # take to certify the radius 0.1? The one-sided rule never can, and stops when that is clear.
 
@@ -1516,13 +1628,14 @@ assert refuted > 500
 # * Zhai et al. 2020: [MACER: attack-free and scalable robust training via maximizing certified
 #   radius](https://arxiv.org/abs/2001.02378) (ACR)
 # * Jia et al. 2020: [Certified robustness for top-k predictions against adversarial perturbations via randomized
-#   smoothing](https://arxiv.org/abs/1912.09899); Delattre et al. 2025: [arXiv
-#   2504.02412](https://arxiv.org/abs/2504.02412)
-# * Horvath et al. 2022: [Boosting randomized smoothing with variance reduced
+#   smoothing](https://arxiv.org/abs/1912.09899); Delattre et al. 2025: [Bridging the theoretical gap in randomized
+#   smoothing](https://arxiv.org/abs/2504.02412)
+# * Horváth et al. 2022: [Boosting randomized smoothing with variance reduced
 #   classifiers](https://arxiv.org/abs/2106.06946)
 # * Chen et al. 2022: [Input-specific robustness certification for randomized
 #   smoothing](https://arxiv.org/abs/2112.12084)
-# * Voracek 2024: [arXiv 2406.17830](https://arxiv.org/abs/2406.17830) (confidence sequences for smoothing)
+# * Voracek 2024: [Treatment of statistical estimation problems in randomized smoothing for adversarial
+#   robustness](https://arxiv.org/abs/2406.17830) (confidence sequences)
 # * Jin et al. 2022: [Getting a-round guarantees: floating-point attacks on certified
 #   robustness](https://arxiv.org/abs/2205.10159); Voracek, Hein 2023: [Sound randomized smoothing in floating-point
 #   arithmetics](https://arxiv.org/abs/2207.07209)
