@@ -515,8 +515,8 @@ plt.show()
 # statement; the choice is made on the test set. Notebook 05 says what that means.)
 #
 # The two random streams of an image, and a third for `predict`, are kept apart by `generator_for`. A stream belongs to
-# a seed, an image and a phase: the same three give the same draws, others give other draws. For one seed no two keys
-# are equal, since every line of the mixing is a bijection of 32-bit numbers:
+# a seed, an image and a phase, and the same three give the same draws. For one seed no two images or phases share a
+# key, since every line of the mixing is a bijection of 32-bit numbers:
 
 # %%
 show(certify.generator_for)
