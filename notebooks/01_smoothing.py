@@ -63,10 +63,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Markdown, display
+from scipy import stats
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import brentq, linprog
 from scipy.special import gammaln, ndtri_exp
-from scipy.stats import chi2, multivariate_normal, ncx2, norm
 from torch import nn
 
 import certify
@@ -226,7 +226,7 @@ sigma, n = 0.8, 20_000
 for position in (-1.5, -0.5, 0.0, 1.9):
     x = torch.full((1, 1, 1), position)
     counts = count(interval, x, sigma, n, certify.generator_for(0, 0, 1, "cpu"))
-    exact = norm.cdf((2 - position) / sigma) - norm.cdf((-1 - position) / sigma)
+    exact = stats.norm.cdf((2 - position) / sigma) - stats.norm.cdf((-1 - position) / sigma)
     print(f"x = {position:4.1f}: counted {counts[1] / n:.4f}, exact {exact:.4f}")
     assert abs(counts[1] / n - exact) < 4 * np.sqrt(exact * (1 - exact) / n)
 
@@ -351,7 +351,7 @@ def odd(z):
 
 z0 = x + sigma * random.normal(size=(200_000, d))                           # from P0
 z1 = x + delta + sigma * random.normal(size=(200_000, d))                   # from P1
-densities = [multivariate_normal(mean, sigma**2 * np.eye(d)) for mean in (x, x + delta)]
+densities = [stats.multivariate_normal(mean, sigma**2 * np.eye(d)) for mean in (x, x + delta)]
 assert np.allclose(log_ratio(z0), densities[1].logpdf(z0) - densities[0].logpdf(z0))
 weighted, direct = np.exp(log_ratio(z0)) * odd(z0), odd(z1)
 print(f"P1(S) by weighting draws of P0: {weighted.mean():.4f}, by drawing from P1: {direct.mean():.4f}")
@@ -391,7 +391,7 @@ assert abs(weighted.mean() - direct.mean()) < 4 * np.hypot(weighted.std(), direc
 # %%
 def masses(centre):
     """What each cell has of the Gaussian around `centre`; rows are the second coordinate."""
-    first, second = (np.diff(norm.cdf(cells - place)) for place in centre)
+    first, second = (np.diff(stats.norm.cdf(cells - place)) for place in centre)
     cell_masses = np.outer(second, first)
     return cell_masses / cell_masses.sum()
 
@@ -405,7 +405,7 @@ order = np.argsort((P1 / P0).ravel())                                       # Ne
 taken_before = np.concatenate([[0], P0.ravel()[order].cumsum()[:-1]])
 share = np.clip((p_a - taken_before) / P0.ravel()[order], 0, 1)
 greedy = share @ P1.ravel()[order]
-continuous = norm.cdf(norm.ppf(p_a) - np.linalg.norm(shift))
+continuous = stats.norm.cdf(stats.norm.ppf(p_a) - np.linalg.norm(shift))
 print(f"least P1 share: linear programme {solution.fun:.5f}, half-space of cells {greedy:.5f}, "
       f"of the plane {continuous:.5f}")
 assert abs(solution.fun - greedy) < 1e-7 and abs(solution.fun - continuous) < 1e-3
@@ -414,7 +414,7 @@ figure, axis = plt.subplots(figsize=(4.9, 4.3))
 tints = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", ["white", "#7fb8da"])
 picture = axis.imshow(psi, origin="lower", extent=(-4, 4, -4, 4), cmap=tints, vmin=0, vmax=1)
 along = np.linspace(-4, 4, 2)
-axis.plot(along, (norm.ppf(p_a) * np.linalg.norm(shift) - shift[0] * along) / shift[1], color=ORANGE,
+axis.plot(along, (stats.norm.ppf(p_a) * np.linalg.norm(shift) - shift[0] * along) / shift[1], color=ORANGE,
           label=r"$\langle\delta, z-x\rangle = \|\delta\|\,\Phi^{-1}(p_A)$")
 for centre, colour, name, side in (((0, 0), "black", "$x$", "right"), (shift, ORANGE, r"$x+\delta$", "left")):
     axis.plot(*centre, "o", color=colour)
@@ -460,12 +460,12 @@ plt.show()
 # %%
 def ball_share(radius, offset, d):
     """Share of the noisy copies, sigma = 1, in a ball whose centre is `offset` away."""
-    return ncx2.cdf(radius**2, d, offset**2) if offset else chi2.cdf(radius**2, d)
+    return stats.ncx2.cdf(radius**2, d, offset**2) if offset else stats.chi2.cdf(radius**2, d)
 
 
 d, step = 10, 1.0                                                           # sigma = 1, |delta| = 1
 p0 = np.linspace(0.001, 0.999, 400)
-lower, upper = norm.cdf(norm.ppf(p0) - step), norm.cdf(norm.ppf(p0) + step)
+lower, upper = stats.norm.cdf(stats.norm.ppf(p0) - step), stats.norm.cdf(stats.norm.ppf(p0) + step)
 
 regions = {"balls": [], "complements of balls": [], "slabs": []}
 for centre in (-4.0, -1.0, 0.0, 2.0, 5.0):                                  # of the region, along delta, from x
@@ -473,7 +473,7 @@ for centre in (-4.0, -1.0, 0.0, 2.0, 5.0):                                  # of
         ball = [ball_share(size, centre - place, d) for place in (0, step)]
         regions["balls"].append(ball)
         regions["complements of balls"].append([1 - share for share in ball])
-        regions["slabs"].append([norm.cdf(centre + size / 2 - place) - norm.cdf(centre - size / 2 - place)
+        regions["slabs"].append([stats.norm.cdf(centre + size / 2 - place) - stats.norm.cdf(centre - size / 2 - place)
                                  for place in (0, step)])
 
 figure, axis = plt.subplots(figsize=(7.2, 4.2))
@@ -481,7 +481,7 @@ axis.fill_between(p0, lower, upper, color="0.9", label="what (1.4) allows")
 for (name, values), colour, mark in zip(regions.items(), (BLUE, GREEN, PURPLE), "osv", strict=True):
     before, after = np.array(values).T
     inside = (before > 1e-6) & (before < 1 - 1e-6)
-    gap = norm.ppf(after[inside]) - norm.ppf(before[inside])
+    gap = stats.norm.ppf(after[inside]) - stats.norm.ppf(before[inside])
     assert np.all(np.abs(gap) <= step + 1e-6)
     axis.plot(before, after, mark, color=colour, markersize=4, label=name)
 for name, curve, style in (("half-space, moving out of it", lower, "-"), ("half-space, moving into it", upper, "--")):
@@ -536,7 +536,7 @@ for name, scores in (("votes", base), ("scores", soft)):
         assert np.allclose(mine[middle, middle], difference[middle, middle], atol=2e-3)
     known = (smooth > 1e-4) & (smooth < 1 - 1e-4)
     known[:200] = known[601:] = known[:, :200] = known[:, 601:] = False
-    steepness = np.hypot(*gradient)[known] / norm.pdf(norm.ppf(smooth[known]))
+    steepness = np.hypot(*gradient)[known] / stats.norm.pdf(stats.norm.ppf(smooth[known]))
     print(f"{name}: gradient of Phi^-1(p) at most {steepness.max():.3f}; 1 / sigma = {1 / sigma:.3f}")
     assert steepness.max() <= 1.001 / sigma
     profiles[name] = scores[333, :, 0], smooth[333]                         # a line that meets islands
@@ -545,7 +545,7 @@ figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.5))
 for (name, (scores, smooth)), colour, style in zip(profiles.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
     axes[0].plot(line, scores, color=colour, linewidth=1)
     axes[0].plot(line, smooth, style, color=colour, linewidth=2, label=f"{name}, smoothed")
-    lipschitz = sigma * norm.ppf(smooth)
+    lipschitz = sigma * stats.norm.ppf(smooth)
     axes[1].plot(line, lipschitz, style, color=colour, linewidth=2, label=name)
     drop = np.abs(np.diff(lipschitz[200:601]))
     assert drop.max() <= 1.001 * step
@@ -560,15 +560,15 @@ plt.show()
 # ## 1.8 The radius
 #
 # Let $A$ be the top class, $\underline{p_A} \le p_A$ a lower bound of its share, and $\overline{p_B}$ an upper bound
-# of every other class's. Then $g(x + \delta) = A$ as soon as the lower bound in (1.4) exceeds the upper one. Since
-# $\Phi$ is strictly increasing, that is $\Phi^{-1}(\underline{p_A}) - \lVert\delta\rVert/\sigma >
-# \Phi^{-1}(\overline{p_B}) + \lVert\delta\rVert/\sigma$. Solved for the length:
+# of every other class's. Then $g(x + \delta) = A$ as soon as the lower bound in (1.4) exceeds the upper one.
+# That is $\Phi^{-1}(\underline{p_A}) - \lVert\delta\rVert/\sigma > \Phi^{-1}(\overline{p_B}) +
+# \lVert\delta\rVert/\sigma$, as $\Phi$ is strictly increasing. Solved for the length:
 #
 # $$ g(x + \delta) = A \quad\text{for every}\quad \lVert\delta\rVert < R =
 #    \frac{\sigma}{2}\bigl(\Phi^{-1}(\underline{p_A}) - \Phi^{-1}(\overline{p_B})\bigr). \tag{1.6} $$
 #
 # All other classes *together* have at most the share $1 - \underline{p_A}$, so $\overline{p_B} = 1 - \underline{p_A}$
-# is always a valid choice. As $\Phi^{-1}(1 - p) = -\Phi^{-1}(p)$, it leaves
+# is always a valid choice. It leaves, by $\Phi^{-1}(1 - p) = -\Phi^{-1}(p)$,
 #
 # $$ R = \sigma\, \Phi^{-1}(\underline{p_A}), \qquad\text{positive when } \underline{p_A} > \tfrac12. \tag{1.7} $$
 #
@@ -594,7 +594,7 @@ plt.show()
 # %%
 def radius(p_a, p_b, sigma):
     """(1.6), where it is positive."""
-    return max(0.0, sigma / 2 * (norm.ppf(p_a) - norm.ppf(p_b)))
+    return max(0.0, sigma / 2 * (stats.norm.ppf(p_a) - stats.norm.ppf(p_b)))
 
 
 random = np.random.default_rng(0)
@@ -614,7 +614,7 @@ print(f"R = 0.5 in the maximum norm: digits {0.5 / 8:.4f}, ImageNet {0.5 / np.sq
 
 # %%
 def margin(length, p_a, p_b, sigma):
-    return norm.cdf(norm.ppf(p_a) - length / sigma) - norm.cdf(norm.ppf(p_b) + length / sigma)
+    return stats.norm.cdf(stats.norm.ppf(p_a) - length / sigma) - stats.norm.cdf(stats.norm.ppf(p_b) + length / sigma)
 
 
 for p_a, p_b, sigma in ((0.9, 0.1, 0.25), (0.6, 0.3, 0.5), (0.45, 0.2, 1.0), (0.999, 0.0005, 0.12)):
@@ -628,7 +628,7 @@ d, distance = 64, 0.4
 normal = random.choice([-1.0, 1.0], size=d)                # f = A where <normal, z - x> > -distance sqrt(d)
 euclidean = distance * np.sqrt(d) / np.linalg.norm(normal)
 largest_entry = distance * np.sqrt(d) / np.abs(normal).sum()                # every pixel moves by as much
-share = norm.cdf(euclidean / 0.25)
+share = stats.norm.cdf(euclidean / 0.25)
 assert np.isclose(radius(share, 1 - share, 0.25), euclidean) and np.isclose(largest_entry, euclidean / np.sqrt(d))
 
 figure, axis = plt.subplots(figsize=(5.4, 3.6))
@@ -667,8 +667,8 @@ plt.show()
 def shares_along(p_a, p_b, t, sigma):
     """Shares of A, the slices, B, for the classifier of the proof, at x + t v."""
     slices = max(1, int(np.ceil((1 - p_a - p_b) / p_b - 1e-9)))
-    edges = np.concatenate([[-np.inf], sigma * norm.ppf(np.linspace(p_a, 1 - p_b, slices + 1)), [np.inf]])
-    return np.diff(norm.cdf((edges[:, None] - t) / sigma), axis=0)
+    edges = np.concatenate([[-np.inf], sigma * stats.norm.ppf(np.linspace(p_a, 1 - p_b, slices + 1)), [np.inf]])
+    return np.diff(stats.norm.cdf((edges[:, None] - t) / sigma), axis=0)
 
 
 p_a, p_b, sigma = 0.55, 0.2, 0.5
@@ -724,7 +724,7 @@ def linear(z):
 
 
 for sigma in (0.15, 0.25, 0.5, 1.0):
-    p_a = norm.cdf(distance / sigma)
+    p_a = stats.norm.cdf(distance / sigma)
     prediction, certified = certify.certify(linear, x, sigma, n0=100, n=20_000, alpha=0.001, batch=1000)
     print(f"sigma = {sigma:4}: exact radius {radius(p_a, 1 - p_a, sigma):.4f}, "
           f"certified from 20 000 draws {certified:.4f}")
@@ -748,7 +748,7 @@ for sigma in (0.15, 0.25, 0.5, 1.0):
 # supremum is attained by a half-space midway, where it is $2\Phi(\Delta/2\sigma) - 1$. The first inequality says that
 # the two radii share the distance between the images, at any $\sigma$: enlarging $\sigma$ cannot push them beyond
 # $\Delta$. The second one says what it does instead. No network, however large, tells the two noisy images apart more
-# often than $\Phi(\Delta/2\sigma)$. As $\sigma$ grows, this falls to one half, for the closest pairs first.
+# often than $\Phi(\Delta/2\sigma)$. This falls to one half as $\sigma$ grows, for the closest pairs first.
 #
 # **Check** on the digits: the linear classifier midway between two images attains both. We take each test image and
 # its nearest training image of another class.
@@ -758,7 +758,7 @@ distances = torch.cdist(test_x.flatten(1), train_x.flatten(1))
 distances[test_y[:, None] == train_y[None]] = torch.inf
 nearest = distances.min(dim=1).values.double().numpy()
 sigmas = np.geomspace(0.05, 4, 60)
-limits = norm.cdf(nearest[:, None] / (2 * sigmas))                          # (1.10), one row per image
+limits = stats.norm.cdf(nearest[:, None] / (2 * sigmas))                    # (1.10), one row per image
 
 i = int(nearest.argmin())
 j = int(distances[i].argmin())
@@ -767,9 +767,9 @@ v = (other - x) / (other - x).norm()
 for sigma in (0.25, 1.0):
     noise = sigma * torch.randn(100_000, 64, dtype=torch.float64)
     right = [((z + noise - (x + other) / 2) @ v * sign > 0).double().mean().item() for z, sign in ((x, -1), (other, 1))]
-    limit = norm.cdf(nearest[i] / (2 * sigma))
+    limit = stats.norm.cdf(nearest[i] / (2 * sigma))
     assert abs(np.mean(right) - limit) < 0.006
-    assert abs(sigma * norm.ppf(right).sum() - nearest[i]) < 0.03
+    assert abs(sigma * stats.norm.ppf(right).sum() - nearest[i]) < 0.03
     print(f"closest pair, distance {nearest[i]:.2f}, sigma = {sigma}: midway plane right on {np.mean(right):.4f}, "
           f"limit {limit:.4f}")
 
@@ -830,11 +830,11 @@ def log_outside(square, d, terms=4000):
 def ball_radius(sigma, d):
     """(1.11) for a ball of radius 1, as -sigma Phi^-1 of the share outside."""
     square = 1 / sigma**2
-    outside = np.where(square > 1.1 * d, log_outside(np.maximum(square, 1.1 * d), d), chi2.logsf(square, d))
+    outside = np.where(square > 1.1 * d, log_outside(np.maximum(square, 1.1 * d), d), stats.chi2.logsf(square, d))
     return np.maximum(0, -sigma * ndtri_exp(outside))
 
 
-cap = norm.ppf(0.001 ** (1 / 100_000))
+cap = stats.norm.ppf(0.001 ** (1 / 100_000))
 random = np.random.default_rng(2)
 for d, scaled in ((64, 0.8), (64, 1.0), (3072, 0.98)):
     sigma = scaled / np.sqrt(d)                                             # the ball has radius 1
@@ -842,11 +842,11 @@ for d, scaled in ((64, 0.8), (64, 1.0), (3072, 0.98)):
     assert abs(square.mean() / (sigma**2 * d) - 1) < 4 * np.sqrt(2 / d / 4000)
     assert abs(square.std() / (sigma**2 * np.sqrt(2 * d)) - 1) < 0.06
     drawn = np.mean(square <= 1)
-    exact = chi2.cdf(1 / sigma**2, d)
+    exact = stats.chi2.cdf(1 / sigma**2, d)
     assert abs(drawn - exact) < 4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3
 for d in (2, 64, 3072):
     square = d * np.linspace(1.1, 1.3, 20)
-    assert np.allclose(log_outside(square, d), chi2.logsf(square, d), rtol=1e-6)
+    assert np.allclose(log_outside(square, d), stats.chi2.logsf(square, d), rtol=1e-6)
 assert log_outside(3072 / 0.6**2, 3072) < -1000
 
 figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.7))
@@ -890,7 +890,7 @@ radii, curves, reach = np.linspace(0, 1.2, 121), {}, []
 for sigma in (0.12, 0.25, 0.5, 1.0):
     curves[sigma], largest = certified_curve(train_mlp(sigma), sigma, radii)
     reach.append(largest)
-    assert largest <= sigma * norm.ppf(0.001 ** (1 / 2000))                 # (c)
+    assert largest <= sigma * stats.norm.ppf(0.001 ** (1 / 2000))           # (c)
     print(f"sigma = {sigma:4}: {curves[sigma][0]:.1%} at radius 0, largest radius {largest:.2f}")
 assert reach[0] < reach[1] < reach[2] > reach[3] and curves[0.12][0] > curves[0.5][0] > curves[1.0][0]
 
@@ -965,19 +965,20 @@ assert np.abs(f_trained - g_trained)[:middle].mean() < np.abs(f_brittle - g_brit
 # ## 1.13 Pixel scalings: what is $\sigma$ in other units?
 #
 # Papers and libraries disagree about what a pixel is: $[0, 1]$, $\{0, \dots, 255\}$, or standardised by a mean and a
-# standard deviation per channel. Let $x_\star = (x - \text{mean}) / \text{std}$ with one $\text{std}$ for all pixels. Then
-# $x_\star + e_\star$ with $e_\star \sim \mathcal N(0, \sigma_\star^2 I)$ is what $x + \text{std}\, e_\star$ becomes, so
+# standard deviation per channel. Let $x_\star = (x - \text{mean}) / \text{std}$ with one $\text{std}$ for all pixels.
+# Then $x_\star + e_\star$ with $e_\star \sim \mathcal N(0, \sigma_\star^2 I)$ is what $x + \text{std}\, e_\star$
+# becomes, so
 #
 # $$ \sigma = \text{std}\; \sigma_\star, \qquad R = \text{std}\; R_\star, \qquad p_c \text{ unchanged}. \tag{1.12} $$
 #
 # Both lengths scale alike and their ratio stays. In units of $[0, 255]$ put $\text{std} = 1/255$: $\sigma = 0.25$ is
 # $63.75$ grey levels. A radius without its unit means nothing.
 #
-# With *different* $\text{std}_j$ per channel, isotropic noise on $x_\star$ is anisotropic on $x$. What is certified there
-# is an ellipsoid, $\sum_j \delta_j^2 / \text{std}_j^2 < R_\star^2$. The largest ball in it has the radius $R_\star \min_j
-# \text{std}_j$. To avoid all this, the networks here take images in $[0, 1]$ and normalise inside, *after* the noise
-# was added. Normalisation is then part of $f$, and the theorem does not care what $f$ does. The place is
-# `Encoder.prepare`, which also enlarges (next section). In the page it is two lines:
+# With *different* $\text{std}_j$ per channel, isotropic noise on $x_\star$ is anisotropic on $x$. What is certified
+# there is an ellipsoid, $\sum_j \delta_j^2 / \text{std}_j^2 < R_\star^2$. The largest ball in it has the radius
+# $R_\star \min_j \text{std}_j$. To avoid all this, the networks here take images in $[0, 1]$ and normalise inside,
+# *after* the noise was added. Normalisation is then part of $f$, and the theorem does not care what $f$ does. The place
+# is `Encoder.prepare`, which also enlarges (next section). In the page it is two lines:
 
 # %%
 def prepare_by_hand(images, size, mean, std):
@@ -1185,8 +1186,8 @@ plt.show()
 # %%
 # The numbers of the answers.
 p_a = np.linspace(0.5, 0.999, 500)
-assert np.all(np.sqrt(2 * np.pi) * (p_a - 0.5) <= norm.ppf(p_a) + 1e-12)                   # exercise 1, sigma = 1
-print(f"exercise 2: Phi^-1 of 0.4 and 0.35 is {norm.ppf(0.4):.3f} and {norm.ppf(0.35):.3f}; "
+assert np.all(np.sqrt(2 * np.pi) * (p_a - 0.5) <= stats.norm.ppf(p_a) + 1e-12)             # exercise 1, sigma = 1
+print(f"exercise 2: Phi^-1 of 0.4 and 0.35 is {stats.norm.ppf(0.4):.3f} and {stats.norm.ppf(0.35):.3f}; "
       f"the radii are {radius(0.4, 0.35, 0.5):.3f} and {radius(0.4, 0.6, 0.5):.3f}")
 
 random = np.random.default_rng(6)

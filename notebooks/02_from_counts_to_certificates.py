@@ -63,10 +63,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from IPython.display import Markdown, display
+from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import betaincc, betaln, expit, gammaln, xlogy
-from scipy.stats import beta, binom, norm
 
 import certify
 import model
@@ -136,7 +136,7 @@ plt.show()
 # %%
 n = 1000
 for p in (0.55, 0.8, 0.95, 0.9999):
-    too_large = binom.sf(math.floor(n * p), n, p)                           # P[k > n p]
+    too_large = stats.binom.sf(math.floor(n * p), n, p)                     # P[k > n p]
     infinite = p**n
     print(f"p = {p}: the radius from k/n is too large with probability {too_large:.2f}, infinite with {infinite:.3f}")
     assert too_large > 0.4
@@ -153,9 +153,9 @@ assert certified_radius(1.0, 0.25) == math.inf
 #    \sum_{j = k}^{n} \binom nj p^j (1 - p)^{n - j} = \alpha \quad (k \ge 1), \qquad \underline p(0) = 0. \tag{2.2} $$
 #
 # *Why it is valid.* The tail $\Pr_p[X \ge k]$ increases with $p$ (next equation), so $\underline p(k) > p$ means that
-# $\Pr_p[X \ge k] < \alpha$. The tail decreases with $k$. Let $k^*$ be the smallest count with $\underline p(k^*) >
-# p$. As $\underline p$ increases with $k$, $\Pr_p[\underline p(X) > p] = \Pr_p[X \ge k^*] < \alpha$. If there is no
-# such count, the probability is 0. $\square$ No approximation has been made, and no assumption about $p$ or $n$.
+# $\Pr_p[X \ge k] < \alpha$. The tail decreases with $k$. Let $k^*$ be the smallest count with $\underline p(k^*) > p$.
+# Then $\Pr_p[\underline p(X) > p] = \Pr_p[X \ge k^*] < \alpha$, as $\underline p$ increases with $k$. The probability
+# is 0 if there is no such count. $\square$ No approximation has been made, and no assumption about $p$ or $n$.
 #
 # **The Beta form.** Let $U_1, \dots, U_n$ be independent and uniform on $[0, 1]$. The number of them below $p$ is
 # $\operatorname{Binomial}(n, p)$, and it is at least $k$ exactly if the $k$-th smallest, $U_{(k)}$, is below $p$. The
@@ -195,7 +195,7 @@ for _ in range(100):
     k, a = int(random.integers(0, n + 1)), random.uniform(0.0001, 0.2)
     assert abs(clopper_pearson(k, n, a) - lower_confidence_bound(k, n, a)) < 1e-9
     if k:
-        assert lower_confidence_bound(k, n, a) == beta.ppf(a, k, n - k + 1)
+        assert lower_confidence_bound(k, n, a) == stats.beta.ppf(a, k, n - k + 1)
 for k, n, a in ((1, 10, 0.05), (7, 10, 0.001), (60, 100, 0.001), (99, 100, 0.05), (100, 100, 0.001)):
     print(f"k = {k:3} of {n:3}, alpha = {a}: bound {clopper_pearson(k, n, a):.6f}, k/n = {k / n:.2f}")
 
@@ -235,7 +235,7 @@ def hoeffding(k, n, alpha):
 
 
 def wilson(k, n, alpha):
-    share, z = k / n, norm.isf(alpha)
+    share, z = k / n, stats.norm.isf(alpha)
     root_of_variance = np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return (share + z**2 / (2 * n) - z * root_of_variance) / (1 + z**2 / n)
 
@@ -247,7 +247,7 @@ def exact(k, n, alpha):
 def error_probability(bound, n, p, alpha):
     """P[bound(k) > p] for each p: the bounds grow with k, so it is a binomial tail."""
     bounds = np.maximum.accumulate(bound(np.arange(n + 1), n, alpha))
-    return binom.sf(np.searchsorted(bounds, p, side="right") - 1, n, p)
+    return stats.binom.sf(np.searchsorted(bounds, p, side="right") - 1, n, p)
 
 
 p = expit(np.linspace(-11.5, 9.2, 12_000))                          # evenly on the logit scale: both ends are seen
@@ -291,12 +291,12 @@ for (name, n), (error, above) in worst.items():
 # %%
 true = np.linspace(0.5, 0.9995, 300)
 figure, axis = plt.subplots(figsize=(5.6, 3.8))
-axis.plot(norm.ppf(true), norm.ppf(true), color="black", linewidth=1, label="exact $p$")
+axis.plot(stats.norm.ppf(true), stats.norm.ppf(true), color="black", linewidth=1, label="exact $p$")
 for n, style in ((1000, ":"), (100_000, "-")):
     k = np.floor(n * true)
     for bound, colour, name in ((lower_confidence_bound, BLUE, "Clopper-Pearson"), (hoeffding, GREEN, "Hoeffding")):
         proven = [certified_radius(float(bound(j, n, alpha)), 1.0) for j in k]
-        axis.plot(norm.ppf(true), proven, style, color=colour, label=f"{name}, n = " + f"{n:,}".replace(",", " "))
+        axis.plot(stats.norm.ppf(true), proven, style, color=colour, label=f"{name}, n = " + f"{n:,}".replace(",", " "))
 axis.set(xlabel=r"true radius $\Phi^{-1}(p)$ ($\sigma$)", ylabel=r"proven radius ($\sigma$)")
 axis.legend()
 plt.show()
@@ -327,10 +327,10 @@ def certify_by_hand(f, x, sigma, n0, n, alpha, index):
     top = int(selection.argmax())
     estimation = certify.count_under_noise(f, x, sigma, n, certify.generator_for(0, index, 1, "cpu"))
     k = int(estimation[top])
-    p_a = beta.ppf(alpha, k, n - k + 1) if k else 0.0
+    p_a = stats.beta.ppf(alpha, k, n - k + 1) if k else 0.0
     if p_a <= 1 / 2:
         return certify.ABSTAIN, 0.0
-    radius = sigma * norm.ppf(p_a)
+    radius = sigma * stats.norm.ppf(p_a)
     return top, certify.round_down(radius)
 
 
@@ -389,13 +389,13 @@ zero = torch.zeros(1, 2, 2)
 answers = [certify.certify(on_the_plane, zero, 0.25, n0=100, n=100, alpha=0.05, index=i)[0] for i in range(1000)]
 false = sum(answer != certify.ABSTAIN for answer in answers)
 print(f"on the plane, 1000 runs with alpha = 0.05: {false} false certificates")
-assert 0 < false <= binom.ppf(1 - 1e-4, 1000, 0.05)
+assert 0 < false <= stats.binom.ppf(1 - 1e-4, 1000, 0.05)
 
 p = np.linspace(0.5, 0.7, 400)
 figure, axis = plt.subplots(figsize=(5.6, 3.6))
 for n, colour, style in ((100, BLUE, "-"), (1000, ORANGE, "--"), (10_000, GREEN, "-."), (100_000, PURPLE, ":")):
-    k = np.searchsorted(binom.sf(np.arange(n + 1) - 1, n, 0.5) < alpha, True)          # k*, by the tail of a fair coin
-    axis.plot(p, 100 * binom.cdf(k - 1, n, p), style, color=colour, label=f"n = {n:,}".replace(",", " "))
+    k = np.searchsorted(stats.binom.sf(np.arange(n + 1) - 1, n, 0.5) < alpha, True)    # k*, by the tail of a fair coin
+    axis.plot(p, 100 * stats.binom.cdf(k - 1, n, p), style, color=colour, label=f"n = {n:,}".replace(",", " "))
 axis.set(xlabel="true share $p$", ylabel="chance to abstain (%)", xlim=(0.5, 0.7), ylim=(0, 101))
 axis.legend()
 plt.show()
@@ -438,7 +438,7 @@ tallies = [certify.count_under_noise(on_the_plane, zero, 0.25, 100, certify.gene
 assert answers == [winner_by_hand(tally.tolist(), 0.05) for tally in tallies]
 answered = np.mean(np.array(answers) != certify.ABSTAIN)
 print(f"with equal classes, predict answers in {answered:.1%} of runs; allowed are 5 %")
-assert 0 < answered <= binom.ppf(1 - 1e-4, 1000, 0.05) / 1000
+assert 0 < answered <= stats.binom.ppf(1 - 1e-4, 1000, 0.05) / 1000
 
 # %% [markdown]
 # ## 2.6 The largest radius that $n$ draws can prove
@@ -463,7 +463,7 @@ for n in (10, 1000, 100_000):
     share = brentq(lambda p, n=n: n * math.log(p) - math.log(alpha), 1e-9, 1 - 1e-15, xtol=1e-15)
     largest = certified_radius(lower_confidence_bound(n, n, alpha), 1.0)
     approximation = math.sqrt(2 * math.log(max(1, n / (2 * math.log(1 / alpha)))))
-    assert abs(largest - norm.ppf(share)) < 1e-6
+    assert abs(largest - stats.norm.ppf(share)) < 1e-6
     assert n < 1000 or 0 < approximation - largest < 0.5
 rows = certify.read_rows(ROOT / "results/digits/certify_sigma_0.25.tsv")
 cap = certified_radius(lower_confidence_bound(10_000, 10_000, alpha), 0.25)
@@ -543,9 +543,9 @@ n, a = 100, 0.05
 k = np.arange(n + 1)
 bounds = exact(k, n, a)
 share = np.linspace(0.5, 0.7, 201)                                          # of class 0; class 1 has the rest
-false_0 = np.array([binom.pmf(k[(bounds > p) & (bounds > 0.5)], n, p).sum() for p in share])
-false_1 = np.array([binom.pmf(k[(bounds > 1 - p) & (bounds > 0.5)], n, 1 - p).sum() for p in share])
-choose_0 = binom.sf(49, 100, share)                                         # n0 = 100; ties choose class 0
+false_0 = np.array([stats.binom.pmf(k[(bounds > p) & (bounds > 0.5)], n, p).sum() for p in share])
+false_1 = np.array([stats.binom.pmf(k[(bounds > 1 - p) & (bounds > 0.5)], n, 1 - p).sum() for p in share])
+choose_0 = stats.binom.sf(49, 100, share)                                   # n0 = 100; ties choose class 0
 fresh, reused = choose_0 * false_0 + (1 - choose_0) * false_1, false_0 + false_1
 assert fresh.max() <= a and reused.max() > 1.7 * fresh[0]
 
@@ -571,7 +571,7 @@ axes[1].set(xlabel="tries, of which the best is kept", ylabel="false bounds (%)"
 axes[1].minorticks_off()
 axes[1].legend()
 for n0, colour, style in ((10, GREEN, ":"), (100, BLUE, "-"), (1000, PURPLE, "--")):
-    wrong = np.maximum(binom.cdf(n0 // 2 - 1, n0, share), 1e-12)
+    wrong = np.maximum(stats.binom.cdf(n0 // 2 - 1, n0, share), 1e-12)
     axes[2].semilogy(share, wrong, style, color=colour, label=f"$n_0$ = {n0}")
 axes[2].set(xlabel="true share of class 0", ylabel="chance of a wrong choice", ylim=(1e-6, 1), xlim=(0.5, 0.7),
             title="selection rarely errs")
@@ -611,7 +611,7 @@ def peeking_error(bound, looks, p, alpha):
     """P[the bound has exceeded p at one of the looks so far], at every look: exact."""
     alive, lost, errors, before = np.ones(1), 0.0, [], 0
     for look in looks:
-        step = binom.pmf(np.arange(look - before + 1), look - before, p)
+        step = stats.binom.pmf(np.arange(look - before + 1), look - before, p)
         alive, before = np.convolve(alive, step), look
         first = least_false_count(bound, look, p, alpha)
         lost += alive[first:].sum()
@@ -725,7 +725,7 @@ for k, n in ((60, 100), (600, 1000), (6000, 10_000)):
 def integrand(t, k, n, p0):
     """Of (2.11), after theta = 1 - (1 - p0) t^2, which takes the pole of w at theta = 1 away."""
     theta = 1 - (1 - p0) * t**2
-    weight = beta.pdf(theta, 0.5, 0.5) / beta.sf(p0, 0.5, 0.5)
+    weight = stats.beta.pdf(theta, 0.5, 0.5) / stats.beta.sf(p0, 0.5, 0.5)
     ratio = (theta / p0) ** k * ((1 - theta) / (1 - p0)) ** (n - k)
     return ratio * weight * 2 * (1 - p0) * t
 
@@ -736,7 +736,7 @@ for k, n, p0 in ((3, 10, 0.5), (70, 100, 0.5), (95, 100, 0.8), (0, 5, 0.3)):
 
 k, n, p0 = np.arange(201), 200, 0.7
 evidence = np.exp(certify.log_e_value(k, n, p0))
-mean = {p: float(binom.pmf(k, n, p) @ evidence) for p in (0.7, 0.69, 0.6)}
+mean = {p: float(stats.binom.pmf(k, n, p) @ evidence) for p in (0.7, 0.69, 0.6)}
 print("mean of E after 200 draws against p <= 0.7:", {p: round(value, 4) for p, value in mean.items()})
 assert abs(mean[0.7] - 1) < 1e-8 and mean[0.69] < 1 and mean[0.6] < mean[0.69]
 
@@ -808,11 +808,11 @@ def anytime_or_none(k, n, alpha):
 
 
 def most_by_hand(k, n, n_max, best, sigma):
-    return sigma * norm.ppf(max(best, lower_confidence_bound(k + n_max - n, n_max, alpha / 2)))
+    return sigma * stats.norm.ppf(max(best, lower_confidence_bound(k + n_max - n, n_max, alpha / 2)))
 
 
 def possible_by_hand(k, n, sigma):
-    return sigma * norm.ppf(1 - anytime_or_none(n - k, n, 1 / 100))
+    return sigma * stats.norm.ppf(1 - anytime_or_none(n - k, n, 1 / 100))
 
 
 def look_by_hand(k, n, n_max, best, sigma, radii):
@@ -820,7 +820,7 @@ def look_by_hand(k, n, n_max, best, sigma, radii):
     best = max(best, anytime_or_none(k, n, alpha / 2))
     if n == n_max:
         return max(best, lower_confidence_bound(k, n, alpha / 2)), "all draws made"
-    unproven = [r for r in (0, *radii) if r > sigma * norm.ppf(best)]
+    unproven = [r for r in (0, *radii) if r > sigma * stats.norm.ppf(best)]
     if not unproven:
         return best, "all radii proven"
     if most_by_hand(k, n, n_max, best, sigma) < unproven[0]:
@@ -833,7 +833,7 @@ def look_by_hand(k, n, n_max, best, sigma, radii):
 random, n_max, radii, s = np.random.default_rng(16), 5000, (0.25, 0.5, 1.0), 0.5
 rule = certify.Sequential(n_max, alpha, s, radii)
 reasons = dict.fromkeys(("all draws made", "all radii proven", "out of reach", "futile"), 0)
-for p in norm.cdf(random.uniform(-0.2, 3, 60)):
+for p in stats.norm.cdf(random.uniform(-0.2, 3, 60)):
     k, n, best, bounds, reason = 0, 0, 0.0, None, None
     while reason is None:
         look = rule.next_look(n)
@@ -876,18 +876,18 @@ def run_sequential(p, rule, random):
 
 random, r, sigma = np.random.default_rng(6), 0.5, 0.5
 rule = certify.Sequential(100_000, alpha, sigma, [r])
-true_shares = norm.cdf(np.array([0.2, 0.6, 0.8, 0.9, 0.96, 1.04, 1.1, 1.2, 1.5, 2.0]))         # radii 0.2 sigma, ...
+true_shares = stats.norm.cdf(np.array([0.2, 0.6, 0.8, 0.9, 0.96, 1.04, 1.1, 1.2, 1.5, 2.0]))   # radii 0.2 sigma, ...
 draws = np.empty((len(true_shares), 4))
 futile = 0
 for row, p in enumerate(true_shares):
     for column in range(4):
         lower, k, n = run_sequential(p, rule, random)
         assert lower <= p                                                   # fails with probability 0.001 a run
-        settled = sigma * norm.ppf(lower) >= r
-        reachable = lower_confidence_bound(k + 100_000 - n, 100_000, alpha / 2) > norm.cdf(r / sigma)
+        settled = sigma * stats.norm.ppf(lower) >= r
+        reachable = lower_confidence_bound(k + 100_000 - n, 100_000, alpha / 2) > stats.norm.cdf(r / sigma)
         if n < 100_000 and not settled and reachable and lower > 1 / 2:
             futile += 1
-            assert log_evidence(n - k, n, 1 - norm.cdf(r / sigma)) >= math.log(100)
+            assert log_evidence(n - k, n, 1 - stats.norm.cdf(r / sigma)) >= math.log(100)
         draws[row, column] = n
 print(f"{futile} of {draws.size} runs stopped as futile; median number of draws {np.median(draws):.0f}")
 assert futile > 5 and draws.min() < 3000 and np.median(draws) < 50_000
@@ -895,8 +895,8 @@ assert futile > 5 and draws.min() < 3000 and np.median(draws) < 50_000
 figure, axis = plt.subplots(figsize=(5.6, 3.6))
 axis.axvline(r, color="0.6", linewidth=1)
 axis.axhline(100_000, color=ORANGE, linestyle="--", label="fixed n")
-axis.semilogy(sigma * norm.ppf(true_shares), draws, "o", color=BLUE, markersize=5, alpha=0.6)
-axis.semilogy(sigma * norm.ppf(true_shares), draws.mean(axis=1), color=BLUE, label="sequential: runs, mean")
+axis.semilogy(sigma * stats.norm.ppf(true_shares), draws, "o", color=BLUE, markersize=5, alpha=0.6)
+axis.semilogy(sigma * stats.norm.ppf(true_shares), draws.mean(axis=1), color=BLUE, label="sequential: runs, mean")
 axis.set(xlabel=r"true radius, with $r = 0.5$ asked (pixels in [0, 1])", ylabel="draws", ylim=(700, 250_000))
 axis.legend(loc="center right")
 plt.show()
@@ -931,13 +931,13 @@ def radius_of(pair, sigma):
 
 
 for a, b, s in ((-0.1, 0.3, 0.5), (0.05, 0.2, 0.25), (0.1, 0.1, 1.0)):
-    p_a, p_b = norm.cdf(a / s), norm.cdf(-b / s)
+    p_a, p_b = stats.norm.cdf(a / s), stats.norm.cdf(-b / s)
     one, two = certified_radius(p_a, s), radius_of((p_a, p_b), s)
-    meet = brentq(lambda t, a=a, b=b, s=s: norm.cdf((a - t) / s) - norm.cdf((t - b) / s), -5, 5)
+    meet = brentq(lambda t, a=a, b=b, s=s: stats.norm.cdf((a - t) / s) - stats.norm.cdf((t - b) / s), -5, 5)
     print(f"p_A = {p_a:.3f}, p_B = {p_b:.3f}: one-sided {one:.3f}, two-sided {two:.3f}; A and B meet at {meet:.3f}")
-    gain = s / 2 * (norm.ppf(1 - p_b) - norm.ppf(p_a))
-    assert abs(two - meet) < 1e-9 and abs(two - s * norm.ppf(p_a) - gain) < 1e-9 and gain > -1e-9
-    assert one == max(0, s * norm.ppf(p_a)) and (two > one or abs(p_a + p_b - 1) < 1e-9)
+    gain = s / 2 * (stats.norm.ppf(1 - p_b) - stats.norm.ppf(p_a))
+    assert abs(two - meet) < 1e-9 and abs(two - s * stats.norm.ppf(p_a) - gain) < 1e-9 and gain > -1e-9
+    assert one == max(0, s * stats.norm.ppf(p_a)) and (two > one or abs(p_a + p_b - 1) < 1e-9)
 
 # %% [markdown]
 # **Bounds that hold together.** Failures are counts, too: a share is at most $u$ if the share of the rest is at least
@@ -1068,8 +1068,8 @@ for axis, s in zip(axes, (0.5, 1.0), strict=True):
         corner = level / s                                                  # where the radii agree: p_B = 1 - p_A
         axis.plot([corner - 5, corner], [-corner - 5, -corner], color="black", linewidth=1)
         axis.plot([corner, corner], [-5, -corner], "--", color=GREY, linewidth=1)
-        assert np.isclose(certified_radius(norm.cdf(corner), s), level)
-        assert np.isclose(certified_radius(norm.cdf(corner - 0.7), s, norm.cdf(-corner - 0.7)), level)
+        assert np.isclose(certified_radius(stats.norm.cdf(corner), s), level)
+        assert np.isclose(certified_radius(stats.norm.cdf(corner - 0.7), s, stats.norm.cdf(-corner - 0.7)), level)
         axis.annotate(f"R = {level:g}", (corner, -corner), xytext=(4, 2), textcoords="offset points", fontsize=9)
     axis.fill_between([-3, 3], [3, -3], 3, color="0.9")
     axis.text(0.9, 0.35, "$p_B > 1 - p_A$:\nimpossible", fontsize=9)
@@ -1085,9 +1085,10 @@ for axis, s in zip(axes, (0.5, 1.0), strict=True):
         name, colour, marker = state
         p_a, p_b = trial.bounds["two-sided"]
         label = name if tally[state] == 1 else None
-        axis.plot(norm.ppf(p_a), norm.ppf(p_b), marker, color=colour, markersize=5, zorder=3, label=label)
+        axis.plot(stats.norm.ppf(p_a), stats.norm.ppf(p_b), marker, color=colour, markersize=5, zorder=3, label=label)
     axis.set(xlim=(-2.1, 2.6), ylim=(-2.6, 1.0), xlabel="$p_A$, at least", title=rf"$\sigma$ = {s:g}",
-             xticks=norm.ppf(ticks[1:]), xticklabels=ticks[1:], yticks=norm.ppf(ticks[:5]), yticklabels=ticks[:5])
+             xticks=stats.norm.ppf(ticks[1:]), xticklabels=ticks[1:],
+             yticks=stats.norm.ppf(ticks[:5]), yticklabels=ticks[:5])
 
     print(f"sigma = {s:g}, of {len(found)} digits: "
           + ", ".join(f"{count} {name}" for (name, *_), count in tally.items()))
@@ -1223,7 +1224,7 @@ def better(one, other):
 
 def signed_radius(pair, sigma):
     """(2.15), negative where p_A < p_B."""
-    return sigma / 2 * (norm.ppf(pair[0]) - norm.ppf(pair[1]))
+    return sigma / 2 * (stats.norm.ppf(pair[0]) - stats.norm.ppf(pair[1]))
 
 
 random, n_max = np.random.default_rng(17), 300
@@ -1327,12 +1328,12 @@ print("images, false certificates:", {M: certify.excess(M, alpha, rho) for M in 
 chances, distribution = np.random.default_rng(7).uniform(0, 0.001, 500), np.ones(1)
 for chance in chances:
     distribution = np.convolve(distribution, [1 - chance, chance])
-stochastically = binom.cdf(np.arange(50), 500, 0.001)
+stochastically = stats.binom.cdf(np.arange(50), 500, 0.001)
 assert np.all(distribution.cumsum()[:50] >= stochastically - 1e-12)         # smaller
 
 for factor in (1, 2):                                                       # under Bernstein's root, 10 000 images
     bernstein = 10 + math.sqrt(factor * 10 * 0.999 * math.log(1 / rho)) + math.log(1 / rho) / 3
-    beyond = binom.sf(math.floor(bernstein), 10_000, 0.001)
+    beyond = stats.binom.sf(math.floor(bernstein), 10_000, 0.001)
     print(f"Bernstein with factor {factor}: {bernstein:.1f} false certificates, "
           f"exceeded with probability {beyond:.5f}; quantile: {certify.excess(10_000, 0.001, rho)}")
     assert (beyond <= rho) == (factor == 2)
@@ -1425,7 +1426,7 @@ plt.show()
 def rounded_noise(sigma, G, shape, generator):
     """Integers j with the probabilities (2.21): as many table entries as lie below 53 random bits."""
     edges = np.arange(-math.ceil(9 * sigma * G), math.ceil(9 * sigma * G)) + 0.5
-    table = np.round(norm.cdf(edges / (sigma * G)) * 2**53)
+    table = np.round(stats.norm.cdf(edges / (sigma * G)) * 2**53)
     bits = torch.randint(2**53, shape, generator=generator).numpy()
     return np.searchsorted(table, bits, side="right") - math.ceil(9 * sigma * G)
 
@@ -1451,7 +1452,7 @@ out = torch.empty(100, 1, 30, 30)
 counted = grid(torch.zeros(1, 30, 30), torch.Generator().manual_seed(0), out)
 j = (out * 16).round().long().flatten().numpy()
 values = np.arange(-12, 13)
-probability = norm.cdf((values + 0.5) / (16 * sigma)) - norm.cdf((values - 0.5) / (16 * sigma))
+probability = stats.norm.cdf((values + 0.5) / (16 * sigma)) - stats.norm.cdf((values - 0.5) / (16 * sigma))
 observed = np.array([(j == value).mean() for value in values])
 assert counted.all() and np.all(np.abs(observed - probability) < 5 * np.sqrt(probability / len(j)))
 
@@ -1545,7 +1546,7 @@ for radius in (0.1234567891, 0.25, 1.0000004, 1e-10):
 # %%
 # The numbers of the answers.
 assert all(0.05 ** (1 / n) >= 1 - 3 / n and 0.001 ** (1 / n) >= 1 - math.log(1000) / n for n in range(1, 2000))
-needed = math.floor(math.log(0.001) / norm.logcdf(4)) + 1
+needed = math.floor(math.log(0.001) / stats.norm.logcdf(4)) + 1
 assert certified_radius(0.001 ** (1 / needed), 0.25) >= 1 > certified_radius(0.001 ** (1 / (needed - 1)), 0.25)
 
 
@@ -1595,7 +1596,7 @@ for _ in range(3000):
     k, p0 = int(random.integers(0, n + 1)), random.uniform(0.02, 0.98)
     q0, share, step = 1 - p0, k / n, 1e-6
     log_e = certify.log_e_value(k, n, p0)
-    density_over_mass = beta.pdf(p0, 0.5, 0.5) / beta.sf(p0, 0.5, 0.5)
+    density_over_mass = stats.beta.pdf(p0, 0.5, 0.5) / stats.beta.sf(p0, 0.5, 0.5)
     assert density_over_mass <= 1 / (2 * q0 * math.sqrt(p0)) + 1e-9
     divergence = xlogy(share, share / p0) + xlogy(1 - share, (1 - share) / q0)
     assert divergence <= (share - p0) ** 2 / (p0 * q0) + 1e-12

@@ -1658,10 +1658,10 @@ axes[0].text(0.33, 0.085, "copy the noisy\n" r"pixels, $\sigma^2$", color="0.2")
 plt.show()
 
 # %% [markdown]
-# The two panels tell memorising from learning. Where the empirical posterior is provably optimal, on the images it
-# stores, it wins everywhere. On new digits and near the noise level of its training (grey line) the autoencoder wins,
-# since it recombines strokes instead of recalling whole images. At small noise the empirical answer is stuck at the
-# distance of the nearest neighbour; at large noise the autoencoder, never trained there, falls behind.
+# The two panels tell memorising from learning. The empirical posterior wins everywhere on the images it stores, where
+# it is provably optimal. On new digits and near the noise level of its training (grey line) the autoencoder wins, since
+# it recombines strokes instead of recalling whole images. At small noise the empirical answer is stuck at the distance
+# of the nearest neighbour; at large noise the autoencoder, never trained there, falls behind.
 
 # %%
 torch.manual_seed(4)
