@@ -859,7 +859,8 @@ PUBLISHED = {           # certified accuracy in %, best over sigma, at each radi
 # [2] ICLR 2020; the DMAE paper cites it as of 2021.
 # [3] 17.0 looks like the value at r = 3.5: logs of SmoothMix have 20.4 at 3.0 and 17.0 at 3.5.
 # [4] SmoothAdv's own table 2, with extra data: 80, 62, 52, 38 (pre-trained on ImageNet32), 80, 63, 52, 40
-#     (unlabelled images), 81, 63, 52, 37 (both). 74.8 is the accuracy at r = 0 of a model of its without any.
+#     (unlabelled images), 81, 63, 52, 37 (both). 74.8 is the accuracy at r = 0 of one of its models without
+#     extra data.
 COLUMNS = [
     "idx", "label", "predict", "radius", "correct", "time",            # Cohen's
     "count", "n", "sigma", "alpha",                                    # of the class that was selected; draws
@@ -1137,11 +1138,15 @@ def plot(path, summaries, published=None):
         axis.fill_between(r, guaranteed, accuracy, color=colour, alpha=0.1 if dashed else 0.2, linewidth=0)
     if published:
         radii, methods = PUBLISHED[published]
+        above = itertools.cycle(("top", "bottom"))                     # of two labels one is below, one above
         for (name, values), mark in zip(methods.items(), "os^vDX*Ph", strict=True):
             if name.startswith("DMAE"):
-                axis.plot(radii, values, mark, color="black", markersize=8, label=name)
+                axis.plot(radii, values, mark, color="crimson", markersize=8, zorder=3)
+                axis.text(radii[-1] * 1.04, values[-1], name, color="crimson", fontsize=9, va=next(above))
             else:
                 axis.plot(radii, values, mark, color="0.6", markersize=5, fillstyle="none", label=name)
+        axis.text(1.01, 0, "marks: as the DMAE paper prints them;\nwhere the originals differ, see PUBLISHED",
+                  fontsize=7, transform=axis.transAxes)
     axis.set(xlabel="certified $\\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
     axis.set(xlim=(0, None), ylim=(0, 100))
     axis.grid(alpha=0.3)

@@ -29,7 +29,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import textwrap
 import time
@@ -1104,10 +1103,9 @@ class Pictures(torch.utils.data.Dataset):
         return self.augment(picture), self.images.labels[i]            # C S S, ()
 
 
-def leave_interrupts_to_the_main_process(_):
-    """Of a data worker, to which a terminal sends Ctrl-C, too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None                   # of the thread that is cut off handing over tensors
+def keep_quiet(_):
+    """Of a data worker: cut off by Ctrl-C, its thread that hands over tensors would print a traceback."""
+    sys.excepthook = lambda *_: None
 
 
 def load_batches(images, positions, device, augment=None, seed=0, workers=None):
@@ -1123,7 +1121,7 @@ def load_batches(images, positions, device, augment=None, seed=0, workers=None):
             Pictures(images, augment, seed),
             batch_sampler=positions,
             num_workers=workers,
-            worker_init_fn=leave_interrupts_to_the_main_process,
+            worker_init_fn=keep_quiet,
             pin_memory=device.type == "cuda",
         )
         for pixels, labels in loader:

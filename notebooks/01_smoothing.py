@@ -18,11 +18,12 @@
 #
 # # 1. Smoothing: from a brittle classifier to one with a guarantee
 #
-# A trained network is right on most test images, and wrong on images that nobody could tell from them. This notebook
-# replaces such a classifier $f$ by its *smoothed* version $g$. Then it proves how far an image has to be moved before
-# $g$ may change its mind. All of it rests on one classical argument, the lemma of Neyman and Pearson.
+# A trained network is right on most test images, and wrong on images that nobody could tell from them (Szegedy et al.
+# 2014). This notebook replaces such a classifier $f$ by its *smoothed* version $g$. Then it proves how far an image
+# has to be moved before $g$ may change its mind. All of it rests on one classical argument, the lemma of Neyman and
+# Pearson.
 #
-# **Afterwards you will be able to**
+# **Afterwards you can**
 # * prove the radius $R = \sigma\,\Phi^{-1}(p_A)$ in two ways, and say why no larger one follows from the same
 #   numbers;
 # * say what the radius means for other norms, pixel units and resolutions, and find false claims about it;
@@ -55,16 +56,17 @@ import inspect
 import sys
 from pathlib import Path
 
-root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
-sys.path.insert(0, str(root))                              # works from notebooks/ and from the repository's root
+ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
+sys.path.insert(0, str(ROOT))                              # works from notebooks/ and from the repository's root
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import Markdown, display
+from scipy import stats
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import brentq, linprog
 from scipy.special import gammaln, ndtri_exp
-from scipy.stats import chi2, multivariate_normal, ncx2, norm
 from torch import nn
 
 import certify
@@ -80,8 +82,9 @@ plt.rcParams.update({
 
 
 def show(*things):
-    """Print the source of functions and classes, as the scripts have it."""
-    print("\n".join(inspect.getsource(thing) for thing in things))
+    """The source of functions and classes, as it stands in the scripts."""
+    for thing in things:
+        display(Markdown(f"```python\n{inspect.getsource(thing)}```"))
 
 
 # %% [markdown]
@@ -90,13 +93,13 @@ def show(*things):
 # The data are scikit-learn's handwritten digits, $8 \times 8$ pixels, part of the package. We train a small network
 # on the clean images, and look at every third test image. Then we attack it. *Projected gradient ascent* (Madry et
 # al. 2018) moves an image along the gradient of the loss. After each step it pulls the image back into the ball of a
-# given radius $\varepsilon$ around the original:
+# given radius $\varepsilon$ around the original. So the $j$-th adversarial image, $x'_0 = x$, is followed by
 #
-# $$ x_{t+1} = \Pi_{\{z : \lVert z - x\rVert \le \varepsilon\}} \Bigl( x_t + a\, \tfrac{\nabla \ell(x_t)}{\lVert
-#    \nabla \ell(x_t) \rVert} \Bigr), $$
+# $$ x'_{j+1} = \Pi_{\{z : \lVert z - x\rVert \le \varepsilon\}} \Bigl( x'_j + a\,
+#    \tfrac{\nabla \mathcal L(x'_j)}{\lVert \nabla \mathcal L(x'_j) \rVert} \Bigr), $$
 #
-# with $\ell$ the cross-entropy of the true class, $a$ the length of a step and $\Pi$ the projection. An attack that
-# succeeds is a proof of weakness. An attack that fails proves nothing.
+# with $\mathcal L$ the cross-entropy of the true class, $a$ the length of a step and $\Pi$ the projection. An attack
+# that succeeds is a proof of weakness. An attack that fails proves nothing.
 
 # %%
 def pixels_and_labels(train):
@@ -208,7 +211,8 @@ print("of 2000 noisy copies of a random image:", counts.tolist())
 show(certify.count_classes)
 
 
-# %% [markdown] **Check.** In one dimension, let $f$ answer class 1 on the interval $[-1, 2]$ and class 0 elsewhere.
+# %% [markdown]
+# **Check.** In one dimension, let $f$ answer class 1 on the interval $[-1, 2]$ and class 0 elsewhere.
 # Then $p_1(x) = \Phi((2 - x)/\sigma) - \Phi((-1 - x)/\sigma)$. The counts have to agree with it, up to the standard
 # deviation of a binomial count.
 
@@ -222,7 +226,7 @@ sigma, n = 0.8, 20_000
 for position in (-1.5, -0.5, 0.0, 1.9):
     x = torch.full((1, 1, 1), position)
     counts = count(interval, x, sigma, n, certify.generator_for(0, 0, 1, "cpu"))
-    exact = norm.cdf((2 - position) / sigma) - norm.cdf((-1 - position) / sigma)
+    exact = stats.norm.cdf((2 - position) / sigma) - stats.norm.cdf((-1 - position) / sigma)
     print(f"x = {position:4.1f}: counted {counts[1] / n:.4f}, exact {exact:.4f}")
     assert abs(counts[1] / n - exact) < 4 * np.sqrt(exact * (1 - exact) / n)
 
@@ -324,7 +328,7 @@ plt.show()
 #
 # So in a space of a hundred thousand dimensions only *one* matters. $\Lambda$ is an increasing function of the
 # projection $\langle\delta, z - x\rangle$, and constant on the hyperplanes orthogonal to $\delta$. The sets
-# $\{\Lambda \le \kappa\}$ are half-spaces. This is special to Gaussian noise, and the reason why the theorem speaks
+# $\{\Lambda \le k_0\}$ are half-spaces. This is special to Gaussian noise, and the reason why the theorem speaks
 # of Euclidean length.
 #
 # This formula is a tool of the proof; no script evaluates it. **Check:** against the two densities of `scipy`, and by
@@ -347,7 +351,7 @@ def odd(z):
 
 z0 = x + sigma * random.normal(size=(200_000, d))                           # from P0
 z1 = x + delta + sigma * random.normal(size=(200_000, d))                   # from P1
-densities = [multivariate_normal(mean, sigma**2 * np.eye(d)) for mean in (x, x + delta)]
+densities = [stats.multivariate_normal(mean, sigma**2 * np.eye(d)) for mean in (x, x + delta)]
 assert np.allclose(log_ratio(z0), densities[1].logpdf(z0) - densities[0].logpdf(z0))
 weighted, direct = np.exp(log_ratio(z0)) * odd(z0), odd(z1)
 print(f"P1(S) by weighting draws of P0: {weighted.mean():.4f}, by drawing from P1: {direct.mean():.4f}")
@@ -361,22 +365,22 @@ assert abs(weighted.mean() - direct.mean()) < 4 * np.hypot(weighted.std(), direc
 # question as: which test of "$P_0$ against $P_1$" is the most powerful at a given level? Neyman and Pearson answered
 # it in 1933.
 #
-# **Lemma.** Let $\psi : \mathbb R^d \to [0, 1]$ be measurable, and let $H = \{ z : \Lambda(z) \le \kappa \}$ for some
-# $\kappa > 0$.
+# **Lemma.** Let $\psi : \mathbb R^d \to [0, 1]$ be measurable, and let $H = \{ z : \Lambda(z) \le k_0 \}$ for some
+# $k_0 > 0$.
 #
 # $$ \text{If } \int \psi \, dP_0 \ge P_0(H), \text{ then } \int \psi \, dP_1 \ge P_1(H). \tag{1.3} $$
 #
 # *Proof.* Since $dP_1 = \Lambda\, dP_0$,
 #
 # $$ \int \psi\, dP_1 - P_1(H) = \int (\psi - \mathbb 1_H)\, \Lambda \, dP_0
-#    = \int (\psi - \mathbb 1_H)(\Lambda - \kappa)\, dP_0 \;+\; \kappa \Bigl( \int \psi \, dP_0 - P_0(H) \Bigr). $$
+#    = \int (\psi - \mathbb 1_H)(\Lambda - k_0)\, dP_0 \;+\; k_0 \Bigl( \int \psi \, dP_0 - P_0(H) \Bigr). $$
 #
 # The second term is non-negative by assumption. So is the first, because its integrand is, everywhere. On $H$ both
-# factors are $\le 0$ (there $\psi \le 1$ and $\Lambda \le \kappa$). Off $H$ both are $\ge 0$ (there $\psi \ge 0$ and
-# $\Lambda > \kappa$). $\square$
+# factors are $\le 0$ (there $\psi \le 1$ and $\Lambda \le k_0$). Off $H$ both are $\ge 0$ (there $\psi \ge 0$ and
+# $\Lambda > k_0$). $\square$
 #
 # In words: to give away as little as possible of $P_1$ while holding a fixed share of $P_0$, take the points where
-# $P_1$ is cheapest in terms of $P_0$. With $\psi' = 1 - \psi$ and $H' = \{\Lambda > \kappa\}$ the lemma turns around:
+# $P_1$ is cheapest in terms of $P_0$. With $\psi' = 1 - \psi$ and $H' = \{\Lambda > k_0\}$ the lemma turns around:
 # if $\int \psi'\,dP_0 \le P_0(H')$, then $\int \psi'\,dP_1 \le P_1(H')$.
 #
 # **Check.** Forget the proof, and ask a solver. On a grid of cells $i$ in the plane, with masses $P_0(i)$ and
@@ -387,7 +391,7 @@ assert abs(weighted.mean() - direct.mean()) < 4 * np.hypot(weighted.std(), direc
 # %%
 def masses(centre):
     """What each cell has of the Gaussian around `centre`; rows are the second coordinate."""
-    first, second = (np.diff(norm.cdf(cells - place)) for place in centre)
+    first, second = (np.diff(stats.norm.cdf(cells - place)) for place in centre)
     cell_masses = np.outer(second, first)
     return cell_masses / cell_masses.sum()
 
@@ -401,7 +405,7 @@ order = np.argsort((P1 / P0).ravel())                                       # Ne
 taken_before = np.concatenate([[0], P0.ravel()[order].cumsum()[:-1]])
 share = np.clip((p_a - taken_before) / P0.ravel()[order], 0, 1)
 greedy = share @ P1.ravel()[order]
-continuous = norm.cdf(norm.ppf(p_a) - np.linalg.norm(shift))
+continuous = stats.norm.cdf(stats.norm.ppf(p_a) - np.linalg.norm(shift))
 print(f"least P1 share: linear programme {solution.fun:.5f}, half-space of cells {greedy:.5f}, "
       f"of the plane {continuous:.5f}")
 assert abs(solution.fun - greedy) < 1e-7 and abs(solution.fun - continuous) < 1e-3
@@ -410,7 +414,7 @@ figure, axis = plt.subplots(figsize=(4.9, 4.3))
 tints = plt.matplotlib.colors.LinearSegmentedColormap.from_list("", ["white", "#7fb8da"])
 picture = axis.imshow(psi, origin="lower", extent=(-4, 4, -4, 4), cmap=tints, vmin=0, vmax=1)
 along = np.linspace(-4, 4, 2)
-axis.plot(along, (norm.ppf(p_a) * np.linalg.norm(shift) - shift[0] * along) / shift[1], color=ORANGE,
+axis.plot(along, (stats.norm.ppf(p_a) * np.linalg.norm(shift) - shift[0] * along) / shift[1], color=ORANGE,
           label=r"$\langle\delta, z-x\rangle = \|\delta\|\,\Phi^{-1}(p_A)$")
 for centre, colour, name, side in (((0, 0), "black", "$x$", "right"), (shift, ORANGE, r"$x+\delta$", "left")):
     axis.plot(*centre, "o", color=colour)
@@ -456,12 +460,12 @@ plt.show()
 # %%
 def ball_share(radius, offset, d):
     """Share of the noisy copies, sigma = 1, in a ball whose centre is `offset` away."""
-    return ncx2.cdf(radius**2, d, offset**2) if offset else chi2.cdf(radius**2, d)
+    return stats.ncx2.cdf(radius**2, d, offset**2) if offset else stats.chi2.cdf(radius**2, d)
 
 
 d, step = 10, 1.0                                                           # sigma = 1, |delta| = 1
 p0 = np.linspace(0.001, 0.999, 400)
-lower, upper = norm.cdf(norm.ppf(p0) - step), norm.cdf(norm.ppf(p0) + step)
+lower, upper = stats.norm.cdf(stats.norm.ppf(p0) - step), stats.norm.cdf(stats.norm.ppf(p0) + step)
 
 regions = {"balls": [], "complements of balls": [], "slabs": []}
 for centre in (-4.0, -1.0, 0.0, 2.0, 5.0):                                  # of the region, along delta, from x
@@ -469,7 +473,7 @@ for centre in (-4.0, -1.0, 0.0, 2.0, 5.0):                                  # of
         ball = [ball_share(size, centre - place, d) for place in (0, step)]
         regions["balls"].append(ball)
         regions["complements of balls"].append([1 - share for share in ball])
-        regions["slabs"].append([norm.cdf(centre + size / 2 - place) - norm.cdf(centre - size / 2 - place)
+        regions["slabs"].append([stats.norm.cdf(centre + size / 2 - place) - stats.norm.cdf(centre - size / 2 - place)
                                  for place in (0, step)])
 
 figure, axis = plt.subplots(figsize=(7.2, 4.2))
@@ -477,7 +481,7 @@ axis.fill_between(p0, lower, upper, color="0.9", label="what (1.4) allows")
 for (name, values), colour, mark in zip(regions.items(), (BLUE, GREEN, PURPLE), "osv", strict=True):
     before, after = np.array(values).T
     inside = (before > 1e-6) & (before < 1 - 1e-6)
-    gap = norm.ppf(after[inside]) - norm.ppf(before[inside])
+    gap = stats.norm.ppf(after[inside]) - stats.norm.ppf(before[inside])
     assert np.all(np.abs(gap) <= step + 1e-6)
     axis.plot(before, after, mark, color=colour, markersize=4, label=name)
 for name, curve, style in (("half-space, moving out of it", lower, "-"), ("half-space, moving into it", upper, "--")):
@@ -498,11 +502,11 @@ plt.show()
 #
 # *Proof.*
 # 1. The derivative falls on the density of the noise, $\nabla_x\, \varphi_\sigma(z - x) = \varphi_\sigma(z - x)\, (z -
-#    x)/\sigma^2$. So $\nabla p(x) = \mathbb E[e\,F(x + e)] / \sigma^2$. For a unit vector $u$ this says $\langle u,
-#    \nabla p\rangle = \mathbb E[\xi F] / \sigma$, with $\xi = \langle u, e\rangle / \sigma \sim \mathcal N(0, 1)$.
+#    x)/\sigma^2$. So $\nabla p(x) = \mathbb E[e\,F(x + e)] / \sigma^2$. For a unit vector $v$ this says $\langle v,
+#    \nabla p\rangle = \mathbb E[\xi F] / \sigma$, with $\xi = \langle v, e\rangle / \sigma \sim \mathcal N(0, 1)$.
 # 2. Among all $F$ with values in $[0, 1]$ and the mean $p$, the largest $\mathbb E[\xi F]$ belongs to the half-space
-#    $S = \{\xi \ge \kappa\}$, $\kappa = -\Phi^{-1}(p)$. For $(F - \mathbb 1_S)(\xi - \kappa) \le 0$ everywhere, as in
-#    (1.3), and the means are equal. Its value is $\int_\kappa^\infty t\,\varphi(t)\,dt = \varphi(\kappa) =
+#    $S = \{\xi \ge k_0\}$, $k_0 = -\Phi^{-1}(p)$. For $(F - \mathbb 1_S)(\xi - k_0) \le 0$ everywhere, as in
+#    (1.3), and the means are equal. Its value is $\int_{k_0}^\infty t\,\varphi(t)\,dt = \varphi(k_0) =
 #    \varphi(\Phi^{-1}(p))$.
 # 3. The derivative of $\Phi^{-1}$ at $p$ is $1 / \varphi(\Phi^{-1}(p))$. The chain rule multiplies, and $\varphi$
 #    cancels. $\square$
@@ -532,7 +536,7 @@ for name, scores in (("votes", base), ("scores", soft)):
         assert np.allclose(mine[middle, middle], difference[middle, middle], atol=2e-3)
     known = (smooth > 1e-4) & (smooth < 1 - 1e-4)
     known[:200] = known[601:] = known[:, :200] = known[:, 601:] = False
-    steepness = np.hypot(*gradient)[known] / norm.pdf(norm.ppf(smooth[known]))
+    steepness = np.hypot(*gradient)[known] / stats.norm.pdf(stats.norm.ppf(smooth[known]))
     print(f"{name}: gradient of Phi^-1(p) at most {steepness.max():.3f}; 1 / sigma = {1 / sigma:.3f}")
     assert steepness.max() <= 1.001 / sigma
     profiles[name] = scores[333, :, 0], smooth[333]                         # a line that meets islands
@@ -541,7 +545,7 @@ figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.5))
 for (name, (scores, smooth)), colour, style in zip(profiles.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
     axes[0].plot(line, scores, color=colour, linewidth=1)
     axes[0].plot(line, smooth, style, color=colour, linewidth=2, label=f"{name}, smoothed")
-    lipschitz = sigma * norm.ppf(smooth)
+    lipschitz = sigma * stats.norm.ppf(smooth)
     axes[1].plot(line, lipschitz, style, color=colour, linewidth=2, label=name)
     drop = np.abs(np.diff(lipschitz[200:601]))
     assert drop.max() <= 1.001 * step
@@ -556,15 +560,15 @@ plt.show()
 # ## 1.8 The radius
 #
 # Let $A$ be the top class, $\underline{p_A} \le p_A$ a lower bound of its share, and $\overline{p_B}$ an upper bound
-# of every other class's. Then $g(x + \delta) = A$ as soon as the lower bound in (1.4) exceeds the upper one. Since
-# $\Phi$ is strictly increasing, that is $\Phi^{-1}(\underline{p_A}) - \lVert\delta\rVert/\sigma >
-# \Phi^{-1}(\overline{p_B}) + \lVert\delta\rVert/\sigma$. Solved for the length:
+# of every other class's. Then $g(x + \delta) = A$ as soon as the lower bound in (1.4) exceeds the upper one.
+# That is $\Phi^{-1}(\underline{p_A}) - \lVert\delta\rVert/\sigma > \Phi^{-1}(\overline{p_B}) +
+# \lVert\delta\rVert/\sigma$, as $\Phi$ is strictly increasing. Solved for the length:
 #
 # $$ g(x + \delta) = A \quad\text{for every}\quad \lVert\delta\rVert < R =
 #    \frac{\sigma}{2}\bigl(\Phi^{-1}(\underline{p_A}) - \Phi^{-1}(\overline{p_B})\bigr). \tag{1.6} $$
 #
 # All other classes *together* have at most the share $1 - \underline{p_A}$, so $\overline{p_B} = 1 - \underline{p_A}$
-# is always a valid choice. As $\Phi^{-1}(1 - p) = -\Phi^{-1}(p)$, it leaves
+# is always a valid choice. It leaves, by $\Phi^{-1}(1 - p) = -\Phi^{-1}(p)$,
 #
 # $$ R = \sigma\, \Phi^{-1}(\underline{p_A}), \qquad\text{positive when } \underline{p_A} > \tfrac12. \tag{1.7} $$
 #
@@ -576,20 +580,21 @@ plt.show()
 # equals wins; the scripts print a number strictly below $R$, so that the closed ball of the printed radius is
 # certified.
 #
-# **Other norms.** The theorem speaks of Euclidean length. For a perturbation of at most $\varepsilon$ in every pixel,
-# $\lVert\delta\rVert_\infty \le \varepsilon$, it says
+# **Other norms.** The theorem speaks of Euclidean length. Of the largest change in a pixel,
+# $\lVert\delta\rVert_\infty = \max_j \lvert\delta_j\rvert$, it says
 #
 # $$ \lVert\delta\rVert_2 \le \sqrt d\, \lVert\delta\rVert_\infty \quad\Rightarrow\quad
 #    g(x + \delta) = A \;\text{ for every }\; \lVert\delta\rVert_\infty < R / \sqrt d. \tag{1.8} $$
 #
 # The corners of the cube are the directions where this is sharp. It is little: $R = 0.5$ on $224 \times 224$ images
 # in colour is a third of one grey level of 255, as the cell prints. Kumar et al. (2020) show that a large class of
-# other noises, independent in every pixel, does not fare better as $d$ grows.
+# other noises, independent in every pixel, does not fare better as $d$ grows. (Yang et al. 2020 treat many noises and
+# norms; exercise 3 is one of them.)
 
 # %%
 def radius(p_a, p_b, sigma):
     """(1.6), where it is positive."""
-    return max(0.0, sigma / 2 * (norm.ppf(p_a) - norm.ppf(p_b)))
+    return max(0.0, sigma / 2 * (stats.norm.ppf(p_a) - stats.norm.ppf(p_b)))
 
 
 random = np.random.default_rng(0)
@@ -609,7 +614,7 @@ print(f"R = 0.5 in the maximum norm: digits {0.5 / 8:.4f}, ImageNet {0.5 / np.sq
 
 # %%
 def margin(length, p_a, p_b, sigma):
-    return norm.cdf(norm.ppf(p_a) - length / sigma) - norm.cdf(norm.ppf(p_b) + length / sigma)
+    return stats.norm.cdf(stats.norm.ppf(p_a) - length / sigma) - stats.norm.cdf(stats.norm.ppf(p_b) + length / sigma)
 
 
 for p_a, p_b, sigma in ((0.9, 0.1, 0.25), (0.6, 0.3, 0.5), (0.45, 0.2, 1.0), (0.999, 0.0005, 0.12)):
@@ -623,7 +628,7 @@ d, distance = 64, 0.4
 normal = random.choice([-1.0, 1.0], size=d)                # f = A where <normal, z - x> > -distance sqrt(d)
 euclidean = distance * np.sqrt(d) / np.linalg.norm(normal)
 largest_entry = distance * np.sqrt(d) / np.abs(normal).sum()                # every pixel moves by as much
-share = norm.cdf(euclidean / 0.25)
+share = stats.norm.cdf(euclidean / 0.25)
 assert np.isclose(radius(share, 1 - share, 0.25), euclidean) and np.isclose(largest_entry, euclidean / np.sqrt(d))
 
 figure, axis = plt.subplots(figsize=(5.4, 3.6))
@@ -644,26 +649,26 @@ plt.show()
 # Kolter prove it as their theorem 2.) It only must have enough classes: two where $p_B = 1 - p_A$, else $2 + \lceil
 # (1 - p_A - p_B) / p_B \rceil$.
 #
-# *Proof.* Take a unit vector $u$. Let $f$ answer $A$ where $\langle u, z - x\rangle \le \sigma\Phi^{-1}(p_A)$ and $B$
-# where $\langle u, z - x \rangle \ge \sigma\Phi^{-1}(1 - p_B)$. The half-spaces are disjoint since $p_A \le 1 - p_B$.
-# The strip between them is cut into slices, one class each, of share at most $p_B$ at $x$. At $x + t u$ both
-# inequalities of (1.4) are equalities, for $A$ and for $B$ at once: $p_A(x + tu) = \Phi(\Phi^{-1}(p_A) - t/\sigma)$
-# and $p_B(x + tu) = \Phi(\Phi^{-1}(p_B) + t/\sigma)$. For $t > R$ the second is the larger one, so $g(x + tu) \ne A$.
+# *Proof.* Take a unit vector $v$. Let $f$ answer $A$ where $\langle v, z - x\rangle \le \sigma\Phi^{-1}(p_A)$ and $B$
+# where $\langle v, z - x \rangle \ge \sigma\Phi^{-1}(1 - p_B)$. The half-spaces are disjoint since $p_A \le 1 - p_B$.
+# The strip between them is cut into slices, one class each, of share at most $p_B$ at $x$. At $x + t v$ both
+# inequalities of (1.4) are equalities, for $A$ and for $B$ at once: $p_A(x + tv) = \Phi(\Phi^{-1}(p_A) - t/\sigma)$
+# and $p_B(x + tv) = \Phi(\Phi^{-1}(p_B) + t/\sigma)$. For $t > R$ the second is the larger one, so $g(x + tv) \ne A$.
 # $\square$
 #
 # There are two ways to larger radii. One is to know more about $f$ than its shares at $x$: its gradient (Mohapatra et
 # al. 2020), or what it does under other noise. The other is to train an $f$ with a larger $p_A$, which is the
 # business of notebooks 03 and 04.
 #
-# **Check.** Build that classifier, compute the shares of all its classes exactly along $u$, and find where the winner
+# **Check.** Build that classifier, compute the shares of all its classes exactly along $v$, and find where the winner
 # changes.
 
 # %%
 def shares_along(p_a, p_b, t, sigma):
-    """Shares of A, the slices, B, for the classifier of the proof, at x + t u."""
+    """Shares of A, the slices, B, for the classifier of the proof, at x + t v."""
     slices = max(1, int(np.ceil((1 - p_a - p_b) / p_b - 1e-9)))
-    edges = np.concatenate([[-np.inf], sigma * norm.ppf(np.linspace(p_a, 1 - p_b, slices + 1)), [np.inf]])
-    return np.diff(norm.cdf((edges[:, None] - t) / sigma), axis=0)
+    edges = np.concatenate([[-np.inf], sigma * stats.norm.ppf(np.linspace(p_a, 1 - p_b, slices + 1)), [np.inf]])
+    return np.diff(stats.norm.cdf((edges[:, None] - t) / sigma), axis=0)
 
 
 p_a, p_b, sigma = 0.55, 0.2, 0.5
@@ -684,7 +689,7 @@ axis.text(0.1, 0.31, "B", color=ORANGE)
 axis.text(0.05, 0.08, "two classes of the strip", color=GREY)
 axis.axvline(R, color="black", linewidth=1)
 axis.text(R + 0.01, 0.62, "R of (1.6)")
-axis.set(xlabel="way $t$ along $u$ (pixels in [0, 1])", ylabel="share of the noisy copies", ylim=(0, 0.7),
+axis.set(xlabel="way $t$ along $v$ (pixels in [0, 1])", ylabel="share of the noisy copies", ylim=(0, 0.7),
          xlim=(0, 0.8))
 plt.show()
 
@@ -719,7 +724,7 @@ def linear(z):
 
 
 for sigma in (0.15, 0.25, 0.5, 1.0):
-    p_a = norm.cdf(distance / sigma)
+    p_a = stats.norm.cdf(distance / sigma)
     prediction, certified = certify.certify(linear, x, sigma, n0=100, n=20_000, alpha=0.001, batch=1000)
     print(f"sigma = {sigma:4}: exact radius {radius(p_a, 1 - p_a, sigma):.4f}, "
           f"certified from 20 000 draws {certified:.4f}")
@@ -732,18 +737,18 @@ for sigma in (0.15, 0.25, 0.5, 1.0):
 # Formula (1.7) has $\sigma$ as a factor, so why not choose $\sigma = 100$? And if linear classifiers get their
 # distance at any $\sigma$, why not $\sigma = 0.001$? Three answers, each an inequality.
 #
-# **(a) Large $\sigma$: classes drown.** Let $x$ and $x'$ have different true classes $c \ne c'$ and the distance
-# $\Delta = \lVert x - x'\rVert$. By (1.4), $p_{c'}(x') \le 1 - p_c(x') \le 1 - \Phi(\Phi^{-1}(p_c(x)) -
-# \Delta/\sigma)$, which says
+# **(a) Large $\sigma$: classes drown.** Let $x_1$ and $x_2$ have different true classes $c_1 \ne c_2$ and the
+# distance $\Delta = \lVert x_1 - x_2\rVert$. By (1.4), $p_{c_2}(x_2) \le 1 - p_{c_1}(x_2) \le 1 -
+# \Phi(\Phi^{-1}(p_{c_1}(x_1)) - \Delta/\sigma)$, which says
 #
-# $$ \sigma\,\Phi^{-1}(p_c(x)) + \sigma\,\Phi^{-1}(p_{c'}(x')) \le \Delta, \qquad\qquad
-#    \tfrac12\bigl(p_c(x) + p_{c'}(x')\bigr) \le \Phi\Bigl(\frac{\Delta}{2\sigma}\Bigr). \tag{1.10} $$
+# $$ \sigma\,\Phi^{-1}(p_{c_1}(x_1)) + \sigma\,\Phi^{-1}(p_{c_2}(x_2)) \le \Delta, \qquad\qquad
+#    \tfrac12\bigl(p_{c_1}(x_1) + p_{c_2}(x_2)\bigr) \le \Phi\Bigl(\frac{\Delta}{2\sigma}\Bigr). \tag{1.10} $$
 #
-# The second inequality holds as $p_c(x) + p_{c'}(x') \le 1 + \sup_S |P_0(S) - P_1(S)|$. By the lemma the supremum is
-# attained by a half-space midway, where it is $2\Phi(\Delta/2\sigma) - 1$. The first inequality says that the two
-# radii share the distance between the images, at any $\sigma$: enlarging $\sigma$ cannot push them beyond $\Delta$.
-# The second one says what it does instead. No network, however large, tells the two noisy images apart more often
-# than $\Phi(\Delta/2\sigma)$. As $\sigma$ grows, this falls to one half, for the closest pairs first.
+# The second inequality holds as $p_{c_1}(x_1) + p_{c_2}(x_2) \le 1 + \sup_S |P_0(S) - P_1(S)|$. By the lemma the
+# supremum is attained by a half-space midway, where it is $2\Phi(\Delta/2\sigma) - 1$. The first inequality says that
+# the two radii share the distance between the images, at any $\sigma$: enlarging $\sigma$ cannot push them beyond
+# $\Delta$. The second one says what it does instead. No network, however large, tells the two noisy images apart more
+# often than $\Phi(\Delta/2\sigma)$. This falls to one half as $\sigma$ grows, for the closest pairs first.
 #
 # **Check** on the digits: the linear classifier midway between two images attains both. We take each test image and
 # its nearest training image of another class.
@@ -753,18 +758,18 @@ distances = torch.cdist(test_x.flatten(1), train_x.flatten(1))
 distances[test_y[:, None] == train_y[None]] = torch.inf
 nearest = distances.min(dim=1).values.double().numpy()
 sigmas = np.geomspace(0.05, 4, 60)
-limits = norm.cdf(nearest[:, None] / (2 * sigmas))                          # (1.10), one row per image
+limits = stats.norm.cdf(nearest[:, None] / (2 * sigmas))                    # (1.10), one row per image
 
 i = int(nearest.argmin())
 j = int(distances[i].argmin())
 x, other = test_x[i].flatten().double(), train_x[j].flatten().double()
-u = (other - x) / (other - x).norm()
+v = (other - x) / (other - x).norm()
 for sigma in (0.25, 1.0):
     noise = sigma * torch.randn(100_000, 64, dtype=torch.float64)
-    right = [((z + noise - (x + other) / 2) @ u * sign > 0).double().mean().item() for z, sign in ((x, -1), (other, 1))]
-    limit = norm.cdf(nearest[i] / (2 * sigma))
+    right = [((z + noise - (x + other) / 2) @ v * sign > 0).double().mean().item() for z, sign in ((x, -1), (other, 1))]
+    limit = stats.norm.cdf(nearest[i] / (2 * sigma))
     assert abs(np.mean(right) - limit) < 0.006
-    assert abs(sigma * norm.ppf(right).sum() - nearest[i]) < 0.03
+    assert abs(sigma * stats.norm.ppf(right).sum() - nearest[i]) < 0.03
     print(f"closest pair, distance {nearest[i]:.2f}, sigma = {sigma}: midway plane right on {np.mean(right):.4f}, "
           f"limit {limit:.4f}")
 
@@ -784,10 +789,13 @@ axes[2].minorticks_off()
 axes[2].legend()
 plt.show()
 
-# %% [markdown] **(b) Large $\sigma$ in high dimension: regions are left.** A noisy copy is not near $x$. Its squared
-# distance $\lVert e\rVert^2$ is $\sigma^2$ times a $\chi^2_d$ variable, with the mean $\sigma^2 d$ and the standard
-# deviation $\sigma^2\sqrt{2d}$. So the copies lie in a thin shell of radius about $\sigma\sqrt d$. If the region of
-# class $A$ is a ball of radius $\Delta$ around $x$, then
+# %% [markdown]
+# **(b) Large $\sigma$ in high dimension: regions are left.** A noisy copy is not near $x$. Its squared distance is
+# $\lVert e\rVert^2 = \sigma^2 (\xi_1^2 + \dots + \xi_d^2)$ with independent $\xi_j \sim \mathcal N(0, 1)$, that is
+# $\sigma^2$ times a $\chi^2_d$ variable. Each term has the mean $\mathbb E\,\xi^2 = 1$ and the variance
+# $\mathbb E\,\xi^4 - 1 = 3 - 1 = 2$, and both add up. So the squared distance has the mean $\sigma^2 d$ and the
+# standard deviation $\sigma^2\sqrt{2d}$: the copies lie in a thin shell of radius about $\sigma\sqrt d$. Let the
+# region of class $A$ be a ball of radius $\Delta$ around $x$. Then
 #
 # $$ p_A(x) = \Pr[\lVert e\rVert \le \Delta] = \Pr[\chi^2_d \le \Delta^2/\sigma^2],
 #    \qquad R(\sigma) = \sigma\,\Phi^{-1}\bigl(\Pr[\chi^2_d \le \Delta^2/\sigma^2]\bigr). \tag{1.11} $$
@@ -806,7 +814,8 @@ plt.show()
 # $e^{-1000}$ where $\sigma\sqrt d < 0.6\,\Delta$. So we compute its logarithm, by Legendre's continued fraction for
 # the upper incomplete gamma function, and invert $\ln\Phi$.
 #
-# **Check** of (1.11) by drawing the noise, and of the logarithm against `scipy`, where that has digits.
+# **Check** of the shell and of (1.11) by drawing the noise, and of the logarithm against `scipy`, where that has
+# digits.
 
 # %%
 def log_outside(square, d, terms=4000):
@@ -821,20 +830,23 @@ def log_outside(square, d, terms=4000):
 def ball_radius(sigma, d):
     """(1.11) for a ball of radius 1, as -sigma Phi^-1 of the share outside."""
     square = 1 / sigma**2
-    outside = np.where(square > 1.1 * d, log_outside(np.maximum(square, 1.1 * d), d), chi2.logsf(square, d))
+    outside = np.where(square > 1.1 * d, log_outside(np.maximum(square, 1.1 * d), d), stats.chi2.logsf(square, d))
     return np.maximum(0, -sigma * ndtri_exp(outside))
 
 
-cap = norm.ppf(0.001 ** (1 / 100_000))
+cap = stats.norm.ppf(0.001 ** (1 / 100_000))
 random = np.random.default_rng(2)
 for d, scaled in ((64, 0.8), (64, 1.0), (3072, 0.98)):
     sigma = scaled / np.sqrt(d)                                             # the ball has radius 1
-    drawn = np.mean((sigma**2 * random.standard_normal((4000, d)) ** 2).sum(axis=1) <= 1)
-    exact = chi2.cdf(1 / sigma**2, d)
+    square = (sigma**2 * random.standard_normal((4000, d)) ** 2).sum(axis=1)
+    assert abs(square.mean() / (sigma**2 * d) - 1) < 4 * np.sqrt(2 / d / 4000)
+    assert abs(square.std() / (sigma**2 * np.sqrt(2 * d)) - 1) < 0.06
+    drawn = np.mean(square <= 1)
+    exact = stats.chi2.cdf(1 / sigma**2, d)
     assert abs(drawn - exact) < 4 * np.sqrt(exact * (1 - exact) / 4000) + 1e-3
 for d in (2, 64, 3072):
     square = d * np.linspace(1.1, 1.3, 20)
-    assert np.allclose(log_outside(square, d), chi2.logsf(square, d), rtol=1e-6)
+    assert np.allclose(log_outside(square, d), stats.chi2.logsf(square, d), rtol=1e-6)
 assert log_outside(3072 / 0.6**2, 3072) < -1000
 
 figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.7))
@@ -855,7 +867,8 @@ axes[0].legend()
 plt.show()
 
 
-# %% [markdown] **On the digits.** The same small network, trained on four noise levels and certified at each. Every
+# %% [markdown]
+# **On the digits.** The same small network, trained on four noise levels and certified at each. Every
 # curve is the share of test images that are answered rightly *and* certified beyond the radius. From $\sigma = 0.12$
 # to $0.5$ each curve starts lower and reaches farther than the one before: the trade. At $\sigma = 1$ the trade is
 # over. The classes drown, shares stay near one half, and the radii shrink as well: (1.10) and (1.11) at work. (The
@@ -877,7 +890,7 @@ radii, curves, reach = np.linspace(0, 1.2, 121), {}, []
 for sigma in (0.12, 0.25, 0.5, 1.0):
     curves[sigma], largest = certified_curve(train_mlp(sigma), sigma, radii)
     reach.append(largest)
-    assert largest <= sigma * norm.ppf(0.001 ** (1 / 2000))                 # (c)
+    assert largest <= sigma * stats.norm.ppf(0.001 ** (1 / 2000))           # (c)
     print(f"sigma = {sigma:4}: {curves[sigma][0]:.1%} at radius 0, largest radius {largest:.2f}")
 assert reach[0] < reach[1] < reach[2] > reach[3] and curves[0.12][0] > curves[0.5][0] > curves[1.0][0]
 
@@ -915,8 +928,8 @@ plt.show()
 # recorded one.
 
 # %%
-rows = certify.read_rows(root / "results/digits/certify_sigma_0.25.tsv")
-checkpoint = model.read_checkpoint(root / "results/digits/finetune_sigma_0.25.pt", "finetune")
+rows = certify.read_rows(ROOT / "results/digits/certify_sigma_0.25.tsv")
+checkpoint = model.read_checkpoint(ROOT / "results/digits/finetune_sigma_0.25.pt", "finetune")
 vit = certify.rebuild(checkpoint, "the checkpoint").eval()
 row = max(rows, key=lambda row: row["radius"] if row["radius"] < 0.6 else 0)
 assert row["label"] == test_y[row["idx"] // 3]
@@ -952,19 +965,20 @@ assert np.abs(f_trained - g_trained)[:middle].mean() < np.abs(f_brittle - g_brit
 # ## 1.13 Pixel scalings: what is $\sigma$ in other units?
 #
 # Papers and libraries disagree about what a pixel is: $[0, 1]$, $\{0, \dots, 255\}$, or standardised by a mean and a
-# standard deviation per channel. Let $u = (x - \text{mean}) / \text{std}$ with one $\text{std}$ for all pixels. Then
-# $u + e_u$ with $e_u \sim \mathcal N(0, \sigma_u^2 I)$ is the image of $x + \text{std}\, e_u$, so
+# standard deviation per channel. Let $x_\star = (x - \text{mean}) / \text{std}$ with one $\text{std}$ for all pixels.
+# Then $x_\star + e_\star$ with $e_\star \sim \mathcal N(0, \sigma_\star^2 I)$ is what $x + \text{std}\, e_\star$
+# becomes, so
 #
-# $$ \sigma_x = \text{std}\; \sigma_u, \qquad R_x = \text{std}\; R_u, \qquad p_c \text{ unchanged}. \tag{1.12} $$
+# $$ \sigma = \text{std}\; \sigma_\star, \qquad R = \text{std}\; R_\star, \qquad p_c \text{ unchanged}. \tag{1.12} $$
 #
 # Both lengths scale alike and their ratio stays. In units of $[0, 255]$ put $\text{std} = 1/255$: $\sigma = 0.25$ is
 # $63.75$ grey levels. A radius without its unit means nothing.
 #
-# With *different* $\text{std}_j$ per channel, isotropic noise on $u$ is anisotropic on $x$. What is certified there
-# is an ellipsoid, $\sum_j \delta_j^2 / \text{std}_j^2 < R_u^2$. The largest ball in it has the radius $R_u \min_j
-# \text{std}_j$. To avoid all this, the networks here take images in $[0, 1]$ and normalise inside, *after* the noise
-# was added. Normalisation is then part of $f$, and the theorem does not care what $f$ does. The place is
-# `Encoder.prepare`, which also enlarges (next section). In the page it is two lines:
+# With *different* $\text{std}_j$ per channel, isotropic noise on $x_\star$ is anisotropic on $x$. What is certified
+# there is an ellipsoid, $\sum_j \delta_j^2 / \text{std}_j^2 < R_\star^2$. The largest ball in it has the radius
+# $R_\star \min_j \text{std}_j$. To avoid all this, the networks here take images in $[0, 1]$ and normalise inside,
+# *after* the noise was added. Normalisation is then part of $f$, and the theorem does not care what $f$ does. The place
+# is `Encoder.prepare`, which also enlarges (next section). In the page it is two lines:
 
 # %%
 def prepare_by_hand(images, size, mean, std):
@@ -981,10 +995,11 @@ assert isinstance(network, model.Encoder)
 assert torch.allclose(model.Encoder.prepare(network, images), prepare_by_hand(images, 224, mean, std), atol=1e-6)
 print(f"{tuple(images.shape)} -> {tuple(network.prepare(images).shape)}")
 
-# %% [markdown] **Check.** The same linear classifier, told once in $[0, 1]$ and once in $[0, 255]$ (which `certify`
+# %% [markdown]
+# **Check.** The same linear classifier, told once in $[0, 1]$ and once in $[0, 255]$ (which `certify`
 # takes for a mistake unless told `any_range`). With the same random stream it gets the same counts, and the radius is
 # multiplied by 255. Then three channels with different $\text{std}_j$: over many directions, the point of the
-# ellipsoid's surface that is nearest to its centre lies at $R_u \min_j \text{std}_j$.
+# ellipsoid's surface that is nearest to its centre lies at $R_\star \min_j \text{std}_j$.
 
 # %%
 x = torch.rand(3, 8, 8)
@@ -994,37 +1009,37 @@ _, large = certify.certify(lambda z: linear(z / 255), 255 * x, 255 * 0.25, n=500
 print(f"radius {small:.6f} in [0, 1], {large:.4f} in [0, 255], ratio {large / small:.3f}")
 assert abs(large / small - 255) < 0.01
 
-scale, radius_u = std.double().numpy(), 0.5
+scale, radius_star = std.double().numpy(), 0.5
 directions = np.random.default_rng(3).normal(size=(20_000, 3))
 directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-edge = radius_u / np.linalg.norm(directions / scale, axis=1)                # how far until |delta / std| = R_u
+edge = radius_star / np.linalg.norm(directions / scale, axis=1)             # how far until |delta / std| = R_*
 print(f"distance to the ellipsoid's surface: {edge.min():.5f} to {edge.max():.5f}; "
-      f"R_u min std = {radius_u * scale.min():.5f}")
-assert edge.min() >= radius_u * scale.min() and edge.min() < 1.001 * radius_u * scale.min()
+      f"R_* min std = {radius_star * scale.min():.5f}")
+assert edge.min() >= radius_star * scale.min() and edge.min() < 1.001 * radius_star * scale.min()
 
 # %% [markdown]
 # ## 1.14 Resizes: 32 → 224
 #
 # The paper's CIFAR-10 classifier enlarges the image from $32 \times 32$ to $224 \times 224$ before the transformer
-# sees it. Where does the noise belong? Let $T$ be the enlargement, a linear map (bicubic interpolation). There are
+# sees it. Where does the noise belong? Let $U$ be the enlargement, a linear map (bicubic interpolation). There are
 # two smoothed classifiers:
 #
-# * *noise, then resize*: $\;\arg\max_c \Pr[f(T(x + e)) = c]$ with $e$ on the 32-pixel grid. Here $f \circ T$ is the
+# * *noise, then resize*: $\;\arg\max_c \Pr[f(U(x + e)) = c]$ with $e$ on the 32-pixel grid. Here $f \circ U$ is the
 #   base classifier, and $R$ is a radius among $32 \times 32$ images. This is what is published, and what the code
 #   does: `prepare` stands inside the network.
-# * *resize, then noise*: $\;\arg\max_c \Pr[f(Tx + e') = c]$ with independent $e'$ on the 224-pixel grid. Its radius
-#   is about $224 \times 224$ images. For the small ones it says
+# * *resize, then noise*: $\;\arg\max_c \Pr[f(Ux + e_{224}) = c]$ with independent $e_{224}$ on the 224-pixel grid. Its
+#   radius is about $224 \times 224$ images. For the small ones it says
 #
-# $$ \lVert T\delta\rVert \le \lVert T\rVert\,\lVert\delta\rVert
-#    \quad\Rightarrow\quad R_{32} \ge R_{224} / \lVert T\rVert, \tag{1.13} $$
+# $$ \lVert U\delta\rVert \le \lVert U\rVert\,\lVert\delta\rVert
+#    \quad\Rightarrow\quad R_{32} \ge R_{224} / \lVert U\rVert, \tag{1.13} $$
 #
-# where $\lVert T\rVert$ is the largest singular value of $T$. Enlarging $\zeta$ times copies, roughly, each pixel
+# where $\lVert U\rVert$ is the largest singular value of $U$. Enlarging $\zeta$ times copies, roughly, each pixel
 # $\zeta^2$ times. So it multiplies lengths of smooth perturbations by $\zeta$: here $\zeta = 7$, and
-# $\lVert T\rVert \approx 7$. Anyone who adds noise after resizing, and quotes $R_{224}$ as if it were a radius for
+# $\lVert U\rVert \approx 7$. Anyone who adds noise after resizing, and quotes $R_{224}$ as if it were a radius for
 # CIFAR-10, overstates it sevenfold.
 #
-# **Check 1.** $T$ is separable, $T = \mathcal M \otimes \mathcal M$ with a $224 \times 32$ matrix $\mathcal M$. We
-# read it off `prepare` by enlarging striped images; $\lVert T\rVert = \lVert \mathcal M\rVert^2$. Perturbations try
+# **Check 1.** $U$ is separable, $U = \mathcal M \otimes \mathcal M$ with a $224 \times 32$ matrix $\mathcal M$. We
+# read it off `prepare` by enlarging striped images; $\lVert U\rVert = \lVert \mathcal M\rVert^2$. Perturbations try
 # the inequality.
 
 # %%
@@ -1034,18 +1049,19 @@ matrix = prepare(stripes.float())[:, 0, :, 0].double().T                        
 singular = torch.linalg.svdvals(matrix)
 image = torch.rand(1, 1, 32, 32)
 assert torch.allclose(prepare(image)[0, 0].double(), matrix @ image[0, 0].double() @ matrix.T, atol=1e-4)  # separable
-norm_t = (singular.max() ** 2).item()
+norm_u = (singular.max() ** 2).item()
 smooth = gaussian_filter(np.random.default_rng(4).normal(size=(32, 32)), 3)
 rough = np.indices((32, 32)).sum(axis=0) % 2 - 0.5
 white = np.random.default_rng(5).normal(size=(32, 32))
 for name, delta in (("smooth", smooth), ("white", white), ("checkerboard", rough)):
     delta = torch.from_numpy(delta).float()[None, None]
     ratio = (prepare(delta).norm() / delta.norm()).item()
-    print(f"{name:12} perturbation grows {ratio:.2f} times; at most {norm_t:.2f}")
-    assert ratio <= norm_t + 1e-3
+    print(f"{name:12} perturbation grows {ratio:.2f} times; at most {norm_u:.2f}")
+    assert ratio <= norm_u + 1e-3
 
 
-# %% [markdown] **Check 2.** A base classifier whose true distances are known: is the mean of the enlarged image above
+# %% [markdown]
+# **Check 2.** A base classifier whose true distances are known: is the mean of the enlarged image above
 # one half? It is linear, so (1.9) applies in either space. We certify the same small image both ways. Then we walk
 # nine tenths of the second radius, on the small grid, towards the plane.
 
@@ -1063,26 +1079,28 @@ with torch.no_grad():
     _, before = certify.certify(brighter, small, 0.25, n=1500)
     _, after = certify.certify(brighter, prepare(small[None])[0], 0.25, n=1500)
     walked = brighter((small - 0.9 * after * normal)[None]).argmax().item()
-    restored = brighter((small - 0.999 * after / norm_t * normal)[None]).argmax().item()
+    restored = brighter((small - 0.999 * after / norm_u * normal)[None]).argmax().item()
 assert before < distance and after > 2 * distance and walked == 0           # about 32 x 32 images the claim is false
-assert after / norm_t < distance and restored == 1                          # divided by |T|, it is true
+assert after / norm_u < distance and restored == 1                          # divided by |U|, it is true
 
 figure, axis = plt.subplots(figsize=(6.6, 2.4))
-names = ["noise on 32 × 32", "noise on 224 × 224,\nquoted as it is", "the same,\ndivided by ‖T‖"]
-axis.barh(names[::-1], [after / norm_t, after, before], color=[GREEN, ORANGE, BLUE], height=0.55)
+names = ["noise on 32 × 32", "noise on 224 × 224,\nquoted as it is", "the same,\ndivided by ‖U‖"]
+axis.barh(names[::-1], [after / norm_u, after, before], color=[GREEN, ORANGE, BLUE], height=0.55)
 axis.axvline(distance, color="black")
 axis.text(distance + 0.01, -0.35, "true distance", va="bottom")
 axis.set(xlabel=r"certified $\ell_2$ radius of the 32 × 32 image (pixels in [0, 1])")
 axis.grid(axis="y", visible=False)
 plt.show()
 
-# %% [markdown] **What does the same $\sigma$ mean at another resolution?** Take a scene at 32 and at $224 = 7 \cdot
+# %% [markdown]
+# **What does the same $\sigma$ mean at another resolution?** Take a scene at 32 and at $224 = 7 \cdot
 # 32$ pixels a side. Averaging blocks of $7 \times 7$ pixels brings the large one back to the small one. It brings
 # independent noise of deviation $\sigma$ on the large one to
 #
-# $$ \sigma_{\text{block}} = \sigma / \zeta, \qquad \lVert x_{224} - x'_{224}\rVert \approx \zeta\,
-#    \lVert x_{32} - x'_{32}\rVert, \qquad \zeta = 7. \tag{1.14} $$
+# $$ \sigma_{\text{block}} = \sigma / \zeta, \qquad \lVert \delta_{224}\rVert \approx \zeta\,
+#    \lVert \delta_{32}\rVert, \qquad \zeta = 7, \tag{1.14} $$
 #
+# where $\delta$ is the difference of two such scenes.
 # The average of $\zeta^2$ independent variables has the variance $\sigma^2/\zeta^2$. The sum of squares over
 # $\zeta^2$ times as many pixels of similar difference is $\zeta^2$ times as large. So $\sigma = 0.25$ and $r = 0.5$
 # on a $224$-pixel image correspond to about $0.036$ and $0.071$ at $32$ pixels. The same numbers are a much milder
@@ -1141,7 +1159,7 @@ plt.show()
 #    the likelihood ratio, and deduce a radius in the norm $\lVert\cdot\rVert_1$. *Hint:* the triangle inequality
 #    replaces (1.2); no lemma is needed.
 # 4. **Noise of any covariance.** Let $e \sim \mathcal N(0, \Sigma)$ with an invertible $\Sigma$. Which set of
-#    perturbations is certified? *Hint:* substitute $u = \Sigma^{-1/2} x$.
+#    perturbations is certified? *Hint:* substitute $z = \Sigma^{-1/2} x$.
 # 5. **Smoothing twice.** Smooth the scores $\mathbb E F_c(x + e)$ of a soft classifier once more, with noise of
 #    deviation $\sigma'$. Which classifier is it, and which radius has it? *Hint:* the heat equation.
 #
@@ -1156,7 +1174,7 @@ plt.show()
 # 3. $\Lambda = e^{(\lVert z - x\rVert_1 - \lVert z - x - \delta\rVert_1)/b} \le e^{\lVert\delta\rVert_1/b}$. The
 #    share of all other classes is at most $e^{\lVert\delta\rVert_1/b}\,(1 - p_A)$ at $x + \delta$. That is below
 #    $\frac12$ for $\lVert\delta\rVert_1 < b \ln\frac{1}{2(1 - p_A)}$.
-# 4. In $u$ the noise is $\mathcal N(0, I)$. So the certified set is the ellipsoid $\sqrt{\delta^\top \Sigma^{-1}
+# 4. In $z$ the noise is $\mathcal N(0, I)$. So the certified set is the ellipsoid $\sqrt{\delta^\top \Sigma^{-1}
 #    \delta} < \Phi^{-1}(p_A)$. With $\Sigma = \sigma^2 I$ it is (1.7); with a diagonal $\Sigma$ it is the ellipsoid
 #    of section 1.13.
 # 5. The sum of two independent Gaussians is Gaussian. So it is $F$ smoothed once at $\sqrt{\sigma^2 + \sigma'^2}$,
@@ -1168,8 +1186,8 @@ plt.show()
 # %%
 # The numbers of the answers.
 p_a = np.linspace(0.5, 0.999, 500)
-assert np.all(np.sqrt(2 * np.pi) * (p_a - 0.5) <= norm.ppf(p_a) + 1e-12)                   # exercise 1, sigma = 1
-print(f"exercise 2: Phi^-1 of 0.4 and 0.35 is {norm.ppf(0.4):.3f} and {norm.ppf(0.35):.3f}; "
+assert np.all(np.sqrt(2 * np.pi) * (p_a - 0.5) <= stats.norm.ppf(p_a) + 1e-12)             # exercise 1, sigma = 1
+print(f"exercise 2: Phi^-1 of 0.4 and 0.35 is {stats.norm.ppf(0.4):.3f} and {stats.norm.ppf(0.35):.3f}; "
       f"the radii are {radius(0.4, 0.35, 0.5):.3f} and {radius(0.4, 0.6, 0.5):.3f}")
 
 random = np.random.default_rng(6)

@@ -26,7 +26,7 @@
 # \alpha$*. It is also about the many ways to spoil that sentence without noticing, and about what it says of a whole
 # test set.
 #
-# **Afterwards you will be able to**
+# **Afterwards you can**
 # * derive the bound of Clopper and Pearson, write CERTIFY and PREDICT from it, and say what each of them promises;
 # * recognise a false certificate in the making: an estimate in place of a bound, reused draws, the best of several
 #   runs, a look at the count;
@@ -56,16 +56,17 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
-sys.path.insert(0, str(root))                              # works from notebooks/ and from the repository's root
+ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
+sys.path.insert(0, str(ROOT))                              # works from notebooks/ and from the repository's root
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.display import Markdown, display
+from scipy import stats
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.special import betaincc, betaln, expit, gammaln, xlogy
-from scipy.stats import beta, binom, norm
 
 import certify
 import model
@@ -81,8 +82,9 @@ plt.rcParams.update({
 
 
 def show(*things):
-    """Print the source of functions and classes, as the scripts have it."""
-    print("\n".join(inspect.getsource(thing) for thing in things))
+    """The source of functions and classes, as it stands in the scripts."""
+    for thing in things:
+        display(Markdown(f"```python\n{inspect.getsource(thing)}```"))
 
 
 # %% [markdown]
@@ -99,7 +101,7 @@ def show(*things):
 # python finetune.py --sigma 0.25`.
 
 # %%
-checkpoint = model.read_checkpoint(root / "results/digits/finetune_sigma_0.25.pt", "finetune")
+checkpoint = model.read_checkpoint(ROOT / "results/digits/finetune_sigma_0.25.pt", "finetune")
 vit = certify.rebuild(checkpoint, "the checkpoint").eval()
 images = certify.open_images("digits", None, train=False, size=8, channels=1)
 
@@ -123,7 +125,8 @@ axes[2].set(xlabel="answer of f", ylabel="noisy copies, of 4000", xticks=range(1
 axes[2].grid(axis="x", visible=False)
 plt.show()
 
-# %% [markdown] It is tempting to put $\hat p$ into the formula of the radius. Two things go wrong. The estimate is
+# %% [markdown]
+# It is tempting to put $\hat p$ into the formula of the radius. Two things go wrong. The estimate is
 # too large about half of the time, and then so is the radius: the "certificate" is false with probability near $1/2$.
 # Worse, $k = n$ is the likely outcome if $f$ errs on a copy in a million. Then $\sigma\,\Phi^{-1}(1) = \infty$ is the
 # claim, and no finite experiment supports it.
@@ -133,7 +136,7 @@ plt.show()
 # %%
 n = 1000
 for p in (0.55, 0.8, 0.95, 0.9999):
-    too_large = binom.sf(math.floor(n * p), n, p)                           # P[k > n p]
+    too_large = stats.binom.sf(math.floor(n * p), n, p)                     # P[k > n p]
     infinite = p**n
     print(f"p = {p}: the radius from k/n is too large with probability {too_large:.2f}, infinite with {infinite:.3f}")
     assert too_large > 0.4
@@ -150,9 +153,9 @@ assert certified_radius(1.0, 0.25) == math.inf
 #    \sum_{j = k}^{n} \binom nj p^j (1 - p)^{n - j} = \alpha \quad (k \ge 1), \qquad \underline p(0) = 0. \tag{2.2} $$
 #
 # *Why it is valid.* The tail $\Pr_p[X \ge k]$ increases with $p$ (next equation), so $\underline p(k) > p$ means that
-# $\Pr_p[X \ge k] < \alpha$. The tail decreases with $k$. Let $k^*$ be the smallest count with $\underline p(k^*) >
-# p$. As $\underline p$ increases with $k$, $\Pr_p[\underline p(X) > p] = \Pr_p[X \ge k^*] < \alpha$. If there is no
-# such count, the probability is 0. $\square$ No approximation has been made, and no assumption about $p$ or $n$.
+# $\Pr_p[X \ge k] < \alpha$. The tail decreases with $k$. Let $k^*$ be the smallest count with $\underline p(k^*) > p$.
+# Then $\Pr_p[\underline p(X) > p] = \Pr_p[X \ge k^*] < \alpha$, as $\underline p$ increases with $k$. The probability
+# is 0 if there is no such count. $\square$ No approximation has been made, and no assumption about $p$ or $n$.
 #
 # **The Beta form.** Let $U_1, \dots, U_n$ be independent and uniform on $[0, 1]$. The number of them below $p$ is
 # $\operatorname{Binomial}(n, p)$, and it is at least $k$ exactly if the $k$-th smallest, $U_{(k)}$, is below $p$. The
@@ -192,7 +195,7 @@ for _ in range(100):
     k, a = int(random.integers(0, n + 1)), random.uniform(0.0001, 0.2)
     assert abs(clopper_pearson(k, n, a) - lower_confidence_bound(k, n, a)) < 1e-9
     if k:
-        assert lower_confidence_bound(k, n, a) == beta.ppf(a, k, n - k + 1)
+        assert lower_confidence_bound(k, n, a) == stats.beta.ppf(a, k, n - k + 1)
 for k, n, a in ((1, 10, 0.05), (7, 10, 0.001), (60, 100, 0.001), (99, 100, 0.05), (100, 100, 0.001)):
     print(f"k = {k:3} of {n:3}, alpha = {a}: bound {clopper_pearson(k, n, a):.6f}, k/n = {k / n:.2f}")
 
@@ -232,7 +235,7 @@ def hoeffding(k, n, alpha):
 
 
 def wilson(k, n, alpha):
-    share, z = k / n, norm.isf(alpha)
+    share, z = k / n, stats.norm.isf(alpha)
     root_of_variance = np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return (share + z**2 / (2 * n) - z * root_of_variance) / (1 + z**2 / n)
 
@@ -244,7 +247,7 @@ def exact(k, n, alpha):
 def error_probability(bound, n, p, alpha):
     """P[bound(k) > p] for each p: the bounds grow with k, so it is a binomial tail."""
     bounds = np.maximum.accumulate(bound(np.arange(n + 1), n, alpha))
-    return binom.sf(np.searchsorted(bounds, p, side="right") - 1, n, p)
+    return stats.binom.sf(np.searchsorted(bounds, p, side="right") - 1, n, p)
 
 
 p = expit(np.linspace(-11.5, 9.2, 12_000))                          # evenly on the logit scale: both ends are seen
@@ -268,7 +271,8 @@ for (name, n), (error, above) in worst.items():
     print(f"{name:16} n = {n:4}: largest error {error / alpha:6.2f} alpha; for p > 1/2 {above / alpha:5.2f} alpha")
     assert (error <= alpha * (1 + 1e-6)) == (name != "Wilson")
 
-# %% [markdown] (Where a curve ends on the right, $p$ exceeds the largest value of the bound, which then cannot err.)
+# %% [markdown]
+# (Where a curve ends on the right, $p$ exceeds the largest value of the bound, which then cannot err.)
 # The saw teeth of Clopper and Pearson touch the line from below and never cross it. Its coverage is at times better
 # than promised, because counts are integers; that is the price of a promise for every $p$.
 #
@@ -287,12 +291,12 @@ for (name, n), (error, above) in worst.items():
 # %%
 true = np.linspace(0.5, 0.9995, 300)
 figure, axis = plt.subplots(figsize=(5.6, 3.8))
-axis.plot(norm.ppf(true), norm.ppf(true), color="black", linewidth=1, label="exact $p$")
+axis.plot(stats.norm.ppf(true), stats.norm.ppf(true), color="black", linewidth=1, label="exact $p$")
 for n, style in ((1000, ":"), (100_000, "-")):
     k = np.floor(n * true)
     for bound, colour, name in ((lower_confidence_bound, BLUE, "Clopper-Pearson"), (hoeffding, GREEN, "Hoeffding")):
         proven = [certified_radius(float(bound(j, n, alpha)), 1.0) for j in k]
-        axis.plot(norm.ppf(true), proven, style, color=colour, label=f"{name}, n = " + f"{n:,}".replace(",", " "))
+        axis.plot(stats.norm.ppf(true), proven, style, color=colour, label=f"{name}, n = " + f"{n:,}".replace(",", " "))
 axis.set(xlabel=r"true radius $\Phi^{-1}(p)$ ($\sigma$)", ylabel=r"proven radius ($\sigma$)")
 axis.legend()
 plt.show()
@@ -302,8 +306,8 @@ for n in (100, 10_000):
 # %% [markdown]
 # ## 2.4 CERTIFY, and when to abstain
 #
-# If $\underline p(k) \le 1/2$, formula (1.7) gives no positive radius, and it is not even certain that $g$ answers
-# $A$ at $x$ itself. Then nothing is said:
+# Formula (1.7) gives no positive radius if $\underline p(k) \le 1/2$. It is then not even certain that $g$ answers $A$
+# at $x$ itself, and nothing is said:
 #
 # $$ \text{CERTIFY: } \quad \begin{cases} (A,\ \sigma\,\Phi^{-1}(\underline p(k))) & \underline p(k) > \tfrac12 \\
 #    \text{abstain} & \underline p(k) \le \tfrac12 \end{cases}
@@ -323,10 +327,10 @@ def certify_by_hand(f, x, sigma, n0, n, alpha, index):
     top = int(selection.argmax())
     estimation = certify.count_under_noise(f, x, sigma, n, certify.generator_for(0, index, 1, "cpu"))
     k = int(estimation[top])
-    p_a = beta.ppf(alpha, k, n - k + 1) if k else 0.0
+    p_a = stats.beta.ppf(alpha, k, n - k + 1) if k else 0.0
     if p_a <= 1 / 2:
         return certify.ABSTAIN, 0.0
-    radius = sigma * norm.ppf(p_a)
+    radius = sigma * stats.norm.ppf(p_a)
     return top, certify.round_down(radius)
 
 
@@ -335,7 +339,8 @@ for i in range(0, 360, 45):
     assert mine == certify.certify(vit, digit(i), 0.25, n0=100, n=500, alpha=alpha, index=i)
     print(f"test image {i}, a {images.labels[i]}: {mine}")
 
-# %% [markdown] The scripts' `certify` gives the same. It has a second way, `bound="two-sided"`, which takes
+# %% [markdown]
+# The scripts' `certify` gives the same. It has a second way, `bound="two-sided"`, which takes
 # $\overline{p_B}$ from the counts of the other classes (section 2.11); with $\overline{p_B} = 1 - \underline{p_A}$,
 # to abstain at $\underline{p_A} \le \overline{p_B}$ is to abstain at $\underline{p_A} \le \frac12$.
 #
@@ -354,7 +359,8 @@ assert pooled == {i: certify_by_hand(vit, x, sigma, 100, 500, alpha, i) for i, x
 print("certify and certify_all agree:", pooled)
 
 
-# %% [markdown] **Check.** The chance to abstain is exactly $\Pr_p[k < k^*]$, where $k^*$ is the least count with
+# %% [markdown]
+# **Check.** The chance to abstain is exactly $\Pr_p[k < k^*]$, where $k^*$ is the least count with
 # $\underline p(k^*) > 1/2$. That is in turn the least count whose tail under a fair coin is below $\alpha$. We
 # compare the latter sum, in whole numbers, with the bound. And we count false certificates on the boundary of a
 # linear classifier, where $p = 1/2$ and every certificate is false.
@@ -383,13 +389,13 @@ zero = torch.zeros(1, 2, 2)
 answers = [certify.certify(on_the_plane, zero, 0.25, n0=100, n=100, alpha=0.05, index=i)[0] for i in range(1000)]
 false = sum(answer != certify.ABSTAIN for answer in answers)
 print(f"on the plane, 1000 runs with alpha = 0.05: {false} false certificates")
-assert 0 < false <= binom.ppf(1 - 1e-4, 1000, 0.05)
+assert 0 < false <= stats.binom.ppf(1 - 1e-4, 1000, 0.05)
 
 p = np.linspace(0.5, 0.7, 400)
 figure, axis = plt.subplots(figsize=(5.6, 3.6))
 for n, colour, style in ((100, BLUE, "-"), (1000, ORANGE, "--"), (10_000, GREEN, "-."), (100_000, PURPLE, ":")):
-    k = np.searchsorted(binom.sf(np.arange(n + 1) - 1, n, 0.5) < alpha, True)          # k*, by the tail of a fair coin
-    axis.plot(p, 100 * binom.cdf(k - 1, n, p), style, color=colour, label=f"n = {n:,}".replace(",", " "))
+    k = np.searchsorted(stats.binom.sf(np.arange(n + 1) - 1, n, 0.5) < alpha, True)    # k*, by the tail of a fair coin
+    axis.plot(p, 100 * stats.binom.cdf(k - 1, n, p), style, color=colour, label=f"n = {n:,}".replace(",", " "))
 axis.set(xlabel="true share $p$", ylabel="chance to abstain (%)", xlim=(0.5, 0.7), ylim=(0, 101))
 axis.legend()
 plt.show()
@@ -432,7 +438,7 @@ tallies = [certify.count_under_noise(on_the_plane, zero, 0.25, 100, certify.gene
 assert answers == [winner_by_hand(tally.tolist(), 0.05) for tally in tallies]
 answered = np.mean(np.array(answers) != certify.ABSTAIN)
 print(f"with equal classes, predict answers in {answered:.1%} of runs; allowed are 5 %")
-assert 0 < answered <= binom.ppf(1 - 1e-4, 1000, 0.05) / 1000
+assert 0 < answered <= stats.binom.ppf(1 - 1e-4, 1000, 0.05) / 1000
 
 # %% [markdown]
 # ## 2.6 The largest radius that $n$ draws can prove
@@ -457,9 +463,9 @@ for n in (10, 1000, 100_000):
     share = brentq(lambda p, n=n: n * math.log(p) - math.log(alpha), 1e-9, 1 - 1e-15, xtol=1e-15)
     largest = certified_radius(lower_confidence_bound(n, n, alpha), 1.0)
     approximation = math.sqrt(2 * math.log(max(1, n / (2 * math.log(1 / alpha)))))
-    assert abs(largest - norm.ppf(share)) < 1e-6
+    assert abs(largest - stats.norm.ppf(share)) < 1e-6
     assert n < 1000 or 0 < approximation - largest < 0.5
-rows = certify.read_rows(root / "results/digits/certify_sigma_0.25.tsv")
+rows = certify.read_rows(ROOT / "results/digits/certify_sigma_0.25.tsv")
 cap = certified_radius(lower_confidence_bound(10_000, 10_000, alpha), 0.25)
 for row in rows:
     p_a = lower_confidence_bound(row["count"], row["n"], alpha)
@@ -487,8 +493,8 @@ plt.show()
 # ## 2.7 Selection and estimation: why the draws must be fresh
 #
 # The count in (2.2) belongs to a class that was fixed *before* the draws were made. CERTIFY therefore takes $n_0$
-# copies to choose $A$, and $n$ fresh ones to count. If one set served both purposes, $k$ would be the *largest* of
-# several counts, which is not binomial. The error is then bounded only by a sum over what could have been chosen:
+# copies to choose $A$, and $n$ fresh ones to count. The count would be the *largest* of several, which is not binomial,
+# if one set served both purposes. The error is then bounded only by a sum over what could have been chosen:
 #
 # $$ \Pr\bigl[\underline p(k_{\hat c}) > p_{\hat c}\bigr] \;=\; \sum_{c} \Pr\bigl[\underline p(k_c) > p_c,\ \hat c =
 #    c\bigr] \;\le\; \sum_{c} \Pr\bigl[\underline p(k_c) > p_c\bigr] \;\le\; K \alpha, \qquad \hat c = \arg\max_c k_c.
@@ -508,28 +514,38 @@ plt.show()
 # (The envelope over several $\sigma$ in the literature's tables chooses among whole curves, each of them a valid
 # statement; the choice is made on the test set. Notebook 05 says what that means.)
 #
-# The two random streams of an image, and a third for `predict`, are kept apart by `generator_for`, whose key holds
-# the phase:
+# The two random streams of an image, and a third for `predict`, are kept apart by `generator_for`. A stream belongs to
+# a seed, an image and a phase, and the same three give the same draws. For one seed no two images or phases share a
+# key, since every line of the mixing is a bijection of 32-bit numbers:
 
 # %%
 show(certify.generator_for)
 
-# %% [markdown] **Check.** The streams of the phases differ. Reuse and fresh draws, exactly, by enumeration of all
-# counts; and (2.9) by simulation. The right panel shows the other side: how few draws selection needs. A wrong choice
-# is harmless, it only wastes an image: the true share is then below one half, and the bound abstains.
+# %% [markdown]
+# **Check** of the streams: the same three again; a change of one of the three; and the keys of many images. Reuse and
+# fresh draws, exactly, by enumeration of all counts; and (2.9) by simulation. The right panel shows the other side: how
+# few draws selection needs. A wrong choice is harmless, it only wastes an image: the true share is then below one half,
+# and the bound abstains.
 
 # %%
-streams = [torch.randn(1000, generator=certify.generator_for(0, 7, phase, "cpu")) for phase in (0, 1, 2)]
-correlation = torch.corrcoef(torch.stack(streams))
-assert (correlation - torch.eye(3)).abs().max() < 0.15
+def stream(seed, image, phase):
+    return torch.randn(1000, generator=certify.generator_for(seed, image, phase, "cpu"))
+
+
+assert torch.equal(stream(0, 7, 1), stream(0, 7, 1))
+others = [stream(0, 7, 0), stream(0, 7, 1), stream(0, 7, 2), stream(0, 8, 1), stream(1, 7, 1)]
+assert (torch.corrcoef(torch.stack(others)) - torch.eye(5)).abs().max() < 0.15
+keys = [certify.generator_for(0, image, phase, "cpu").initial_seed() for image in range(3000) for phase in (0, 1, 2)]
+assert len(set(keys)) == len(keys)
+print(f"{len(set(keys))} different keys of 3000 images in 3 phases")
 
 n, a = 100, 0.05
 k = np.arange(n + 1)
 bounds = exact(k, n, a)
 share = np.linspace(0.5, 0.7, 201)                                          # of class 0; class 1 has the rest
-false_0 = np.array([binom.pmf(k[(bounds > p) & (bounds > 0.5)], n, p).sum() for p in share])
-false_1 = np.array([binom.pmf(k[(bounds > 1 - p) & (bounds > 0.5)], n, 1 - p).sum() for p in share])
-choose_0 = binom.sf(49, 100, share)                                         # n0 = 100; ties choose class 0
+false_0 = np.array([stats.binom.pmf(k[(bounds > p) & (bounds > 0.5)], n, p).sum() for p in share])
+false_1 = np.array([stats.binom.pmf(k[(bounds > 1 - p) & (bounds > 0.5)], n, 1 - p).sum() for p in share])
+choose_0 = stats.binom.sf(49, 100, share)                                   # n0 = 100; ties choose class 0
 fresh, reused = choose_0 * false_0 + (1 - choose_0) * false_1, false_0 + false_1
 assert fresh.max() <= a and reused.max() > 1.7 * fresh[0]
 
@@ -555,7 +571,7 @@ axes[1].set(xlabel="tries, of which the best is kept", ylabel="false bounds (%)"
 axes[1].minorticks_off()
 axes[1].legend()
 for n0, colour, style in ((10, GREEN, ":"), (100, BLUE, "-"), (1000, PURPLE, "--")):
-    wrong = np.maximum(binom.cdf(n0 // 2 - 1, n0, share), 1e-12)
+    wrong = np.maximum(stats.binom.cdf(n0 // 2 - 1, n0, share), 1e-12)
     axes[2].semilogy(share, wrong, style, color=colour, label=f"$n_0$ = {n0}")
 axes[2].set(xlabel="true share of class 0", ylabel="chance of a wrong choice", ylim=(1e-6, 1), xlim=(0.5, 0.7),
             title="selection rarely errs")
@@ -573,8 +589,8 @@ plt.show()
 #    \quad\text{and in general far above } \alpha, \qquad n_1 < n_2 < \dots < n_t \text{ the looks.} \tag{2.10} $$
 #
 # How bad is it? Looks at similar $n$ are correlated, so it is less than $t\alpha$. But it is not bounded by anything
-# below 1. By the law of the iterated logarithm, $k_n - np$ exceeds $\sqrt{2 p (1-p) n \ln\ln n}\,(1 - \epsilon)$
-# infinitely often, for every $\epsilon > 0$, while the margin of a fixed-$n$ bound is only a constant times $\sqrt
+# below 1. By the law of the iterated logarithm, $k_n - np$ exceeds any fixed fraction of
+# $\sqrt{2 p (1-p) n \ln\ln n}$ infinitely often, while the margin of a fixed-$n$ bound is only a constant times $\sqrt
 # n$. Anyone who keeps drawing long enough is certain to see a bound that exceeds the truth. (This also holds for the
 # informal version: draw 10 000, and if the image "nearly" made it, another 10 000.)
 #
@@ -595,7 +611,7 @@ def peeking_error(bound, looks, p, alpha):
     """P[the bound has exceeded p at one of the looks so far], at every look: exact."""
     alive, lost, errors, before = np.ones(1), 0.0, [], 0
     for look in looks:
-        step = binom.pmf(np.arange(look - before + 1), look - before, p)
+        step = stats.binom.pmf(np.arange(look - before + 1), look - before, p)
         alive, before = np.convolve(alive, step), look
         first = least_false_count(bound, look, p, alpha)
         lost += alive[first:].sum()
@@ -659,10 +675,13 @@ for a, errors in peeked.items():
 # refuted. That happens with probability at most $\alpha$, for all $n$ together.
 #
 # The integral has a closed form. $\theta^{k}(1-\theta)^{n-k}$ times the Beta density is another Beta density, so
-# numerator and normalisation are upper tails of Beta distributions. With $B(a, b)$ the Beta function,
+# numerator and normalisation are upper tails of Beta distributions. With the Beta function
+# $\operatorname{beta}(a, b) = \int_0^1 \theta^{a-1} (1 - \theta)^{b-1}\, d\theta$,
 #
-# $$ E_n = \frac{B(k + \frac12,\, n - k + \frac12)\; \Pr[\operatorname{Beta}(k + \frac12,\, n - k + \frac12) > p_0]}
-#    {B(\frac12, \frac12)\; \Pr[\operatorname{Beta}(\frac12, \frac12) > p_0]}\; p_0^{-k} (1 - p_0)^{-(n-k)}. $$
+# $$ E_n = \frac{\operatorname{beta}(k + \frac12,\, n - k + \frac12)\;
+#    \Pr[\operatorname{Beta}(k + \frac12,\, n - k + \frac12) > p_0]}
+#    {\operatorname{beta}(\frac12, \frac12)\; \Pr[\operatorname{Beta}(\frac12, \frac12) > p_0]}\;
+#    p_0^{-k} (1 - p_0)^{-(n-k)}. $$
 #
 # In code: its logarithm, and a bisection. The scripts' `log_e_value` and `anytime_lower_bound` must agree.
 
@@ -706,7 +725,7 @@ for k, n in ((60, 100), (600, 1000), (6000, 10_000)):
 def integrand(t, k, n, p0):
     """Of (2.11), after theta = 1 - (1 - p0) t^2, which takes the pole of w at theta = 1 away."""
     theta = 1 - (1 - p0) * t**2
-    weight = beta.pdf(theta, 0.5, 0.5) / beta.sf(p0, 0.5, 0.5)
+    weight = stats.beta.pdf(theta, 0.5, 0.5) / stats.beta.sf(p0, 0.5, 0.5)
     ratio = (theta / p0) ** k * ((1 - theta) / (1 - p0)) ** (n - k)
     return ratio * weight * 2 * (1 - p0) * t
 
@@ -717,7 +736,7 @@ for k, n, p0 in ((3, 10, 0.5), (70, 100, 0.5), (95, 100, 0.8), (0, 5, 0.3)):
 
 k, n, p0 = np.arange(201), 200, 0.7
 evidence = np.exp(certify.log_e_value(k, n, p0))
-mean = {p: float(binom.pmf(k, n, p) @ evidence) for p in (0.7, 0.69, 0.6)}
+mean = {p: float(stats.binom.pmf(k, n, p) @ evidence) for p in (0.7, 0.69, 0.6)}
 print("mean of E after 200 draws against p <= 0.7:", {p: round(value, 4) for p, value in mean.items()})
 assert abs(mean[0.7] - 1) < 1e-8 and mean[0.69] < 1 and mean[0.6] < mean[0.69]
 
@@ -755,35 +774,92 @@ plt.show()
 # the right to stop. A table of certified accuracy asks only whether the radius reaches 0.25, 0.5 and so on. So an
 # image may stop
 # * as soon as the largest radius of the table is proven;
-# * when the next one is *out of reach*, as not even successes in all draws to come would prove it
-#   (`Sequential.most`);
-# * or when that one is *futile*. With $r$ the next radius, futility means
+# * when the next one, $r$, is *out of reach*, as not even successes in all draws to come would prove it;
+# * or when $r$ is *futile*: the evidence against $p_A \ge \Phi(r/\sigma)$ reaches 100. That evidence is (2.11) with
+#   successes and failures exchanged.
 #
-# $$ \text{evidence against } p_A \ge \Phi(r/\sigma) \text{ reaches } 100, \tag{2.14} $$
+# The last two compare $r$ with a radius each: the most that can still be proven, and the largest that is not refuted.
+# After $k$ successes in $n$ of at most $n_{\max}$ draws, with $\underline p_n$ the best bound of all looks so far, they
+# say
 #
-# computed as (2.11) with successes and failures exchanged. It needs no share of $\alpha$. The anytime bounds hold at
-# all looks at once, hence at the one where one stops, for whatever reason. A wrong stop can make a radius smaller,
-# never false.
+# $$ \sigma\,\Phi^{-1}\bigl(\max\{\underline p_n,\ \underline p_{\alpha/2}(k + n_{\max} - n)\}\bigr) < r
+#    \qquad\text{or}\qquad \sigma\,\Phi^{-1}\bigl(1 - \underline p_{n,\,1/100}(n - k)\bigr) \le r. \tag{2.14} $$
 #
-# An image whose radius lies next to one of the table's gets all its $n$ draws, and there the anytime bound would be a
-# worse judge than Clopper and Pearson's. So $\alpha$ is split: the anytime bounds are computed at $\alpha/2$, and one
-# Clopper-Pearson bound at $\alpha/2$ after the $n$-th draw. Its chance of error is at most $\alpha/2$ whether or not
+# On the left stands `Sequential.most`, with the bound (2.2) after all $n_{\max}$ draws at the error $\alpha/2$. On the
+# right stands `Sequential.possible`, with the anytime bound for $n - k$ failures in $n$ draws at the error $1/100$.
+# Futility needs no share of $\alpha$. The anytime bounds hold at all looks at once, hence at the one where one stops,
+# for whatever reason. A wrong stop can make a radius smaller, never false.
+#
+# An image whose radius lies next to one of the table's gets all $n_{\max}$ draws, and there the anytime bound would be
+# a worse judge than Clopper and Pearson's. So $\alpha$ is split: the anytime bounds are computed at $\alpha/2$, and one
+# Clopper-Pearson bound at $\alpha/2$ after the last draw. Its chance of error is at most $\alpha/2$ whether or not
 # one gets so far (imagine the draws that were not made). By the union bound all these bounds hold together with
 # probability $1 - \alpha$. The price is small, since bounds depend on $\ln(1/\alpha)$.
 #
-# Drawing as much as an image needs has been done before: Horvath et al. (2022) do it in stages that share $\alpha$,
+# Drawing as much as an image needs has been done before: Horváth et al. (2022) do it in stages that share $\alpha$,
 # Chen et al. (2022) choose the number of draws for each image, and Voracek (2024) uses bounds that hold at all times.
-# The rule here is `Sequential`:
+#
+# In the page, the rule is (2.14) and a dozen lines around it. In the scripts it is `Sequential`. Both must agree at
+# every look, on the bound, on the two radii of (2.14) and on whether to stop.
+
+# %%
+def anytime_or_none(k, n, alpha):
+    return anytime_by_hand(k, n, alpha) if k else 0.0                       # no success, no evidence
+
+
+def most_by_hand(k, n, n_max, best, sigma):
+    return sigma * stats.norm.ppf(max(best, lower_confidence_bound(k + n_max - n, n_max, alpha / 2)))
+
+
+def possible_by_hand(k, n, sigma):
+    return sigma * stats.norm.ppf(1 - anytime_or_none(n - k, n, 1 / 100))
+
+
+def look_by_hand(k, n, n_max, best, sigma, radii):
+    """(the best bound so far, why to stop or None), after k successes in n draws."""
+    best = max(best, anytime_or_none(k, n, alpha / 2))
+    if n == n_max:
+        return max(best, lower_confidence_bound(k, n, alpha / 2)), "all draws made"
+    unproven = [r for r in (0, *radii) if r > sigma * stats.norm.ppf(best)]
+    if not unproven:
+        return best, "all radii proven"
+    if most_by_hand(k, n, n_max, best, sigma) < unproven[0]:
+        return best, "out of reach"
+    if possible_by_hand(k, n, sigma) <= unproven[0]:
+        return best, "futile"
+    return best, None
+
+
+random, n_max, radii, s = np.random.default_rng(16), 5000, (0.25, 0.5, 1.0), 0.5
+rule = certify.Sequential(n_max, alpha, s, radii)
+reasons = dict.fromkeys(("all draws made", "all radii proven", "out of reach", "futile"), 0)
+for p in stats.norm.cdf(random.uniform(-0.2, 3, 60)):
+    k, n, best, bounds, reason = 0, 0, 0.0, None, None
+    while reason is None:
+        look = rule.next_look(n)
+        k, n = k + int(random.binomial(look - n, p)), look
+        best, reason = look_by_hand(k, n, n_max, best, s, radii)
+        counts_so_far = torch.tensor([k, n - k])
+        bounds, stop = rule.decide(counts_so_far, 0, n, bounds)
+        assert np.isclose(bounds["one-sided"][0], best, rtol=1e-9, atol=0) and stop == (reason is not None)
+        assert np.isclose(rule.most(counts_so_far, 0, n, bounds), most_by_hand(k, n, n_max, best, s))
+        assert np.isclose(rule.possible(counts_so_far, 0, n), possible_by_hand(k, n, s))
+    reasons[reason] += 1
+print("why 60 images stopped:", reasons)
+assert min(reasons.values()) > 0
+
+# %% [markdown]
+# The scripts' rule, whole:
 
 # %%
 show(certify.Sequential)
 
 
-# %% [markdown] **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n =
+# %% [markdown]
+# **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n =
 # 100\,000$. How many draws does it take until it stops, and is its bound ever above the truth? Close to the boundary
 # (grey line) it needs tens of thousands of draws; away from it, about a thousand. ($R \ge r$ is undecidable at the
-# boundary itself.) The third bullet is checked by hand: after a futile stop the evidence against the next radius is
-# at least 100.
+# boundary itself.) And after a futile stop the evidence (2.11) against the next radius must be at least 100.
 
 # %%
 def run_sequential(p, rule, random):
@@ -800,18 +876,18 @@ def run_sequential(p, rule, random):
 
 random, r, sigma = np.random.default_rng(6), 0.5, 0.5
 rule = certify.Sequential(100_000, alpha, sigma, [r])
-true_shares = norm.cdf(np.array([0.2, 0.6, 0.8, 0.9, 0.96, 1.04, 1.1, 1.2, 1.5, 2.0]))         # radii 0.2 sigma, ...
+true_shares = stats.norm.cdf(np.array([0.2, 0.6, 0.8, 0.9, 0.96, 1.04, 1.1, 1.2, 1.5, 2.0]))   # radii 0.2 sigma, ...
 draws = np.empty((len(true_shares), 4))
 futile = 0
 for row, p in enumerate(true_shares):
     for column in range(4):
         lower, k, n = run_sequential(p, rule, random)
         assert lower <= p                                                   # fails with probability 0.001 a run
-        settled = sigma * norm.ppf(lower) >= r
-        reachable = lower_confidence_bound(k + 100_000 - n, 100_000, alpha / 2) > norm.cdf(r / sigma)
+        settled = sigma * stats.norm.ppf(lower) >= r
+        reachable = lower_confidence_bound(k + 100_000 - n, 100_000, alpha / 2) > stats.norm.cdf(r / sigma)
         if n < 100_000 and not settled and reachable and lower > 1 / 2:
             futile += 1
-            assert log_evidence(n - k, n, 1 - norm.cdf(r / sigma)) >= math.log(100)
+            assert log_evidence(n - k, n, 1 - stats.norm.cdf(r / sigma)) >= math.log(100)
         draws[row, column] = n
 print(f"{futile} of {draws.size} runs stopped as futile; median number of draws {np.median(draws):.0f}")
 assert futile > 5 and draws.min() < 3000 and np.median(draws) < 50_000
@@ -819,8 +895,8 @@ assert futile > 5 and draws.min() < 3000 and np.median(draws) < 50_000
 figure, axis = plt.subplots(figsize=(5.6, 3.6))
 axis.axvline(r, color="0.6", linewidth=1)
 axis.axhline(100_000, color=ORANGE, linestyle="--", label="fixed n")
-axis.semilogy(sigma * norm.ppf(true_shares), draws, "o", color=BLUE, markersize=5, alpha=0.6)
-axis.semilogy(sigma * norm.ppf(true_shares), draws.mean(axis=1), color=BLUE, label="sequential: runs, mean")
+axis.semilogy(sigma * stats.norm.ppf(true_shares), draws, "o", color=BLUE, markersize=5, alpha=0.6)
+axis.semilogy(sigma * stats.norm.ppf(true_shares), draws.mean(axis=1), color=BLUE, label="sequential: runs, mean")
 axis.set(xlabel=r"true radius, with $r = 0.5$ asked (pixels in [0, 1])", ylabel="draws", ylim=(700, 250_000))
 axis.legend(loc="center right")
 plt.show()
@@ -843,9 +919,9 @@ plt.show()
 # the rivals' counts are there. From now on a radius is *one-sided* if $\overline{p_B} = 1 - \underline{p_A}$, and
 # *two-sided* if $\overline{p_B}$ comes from the counts.
 #
-# **Check** (2.15) on a classifier that looks at one pixel: $A$ below $a$, $B$ above $b$, and between the two, many
-# classes with a little each. When the pixel moves up by $t$, the shares of $A$ and $B$ are $\Phi((a - t)/\sigma)$ and
-# $\Phi((t - b)/\sigma)$. They meet exactly at the two-sided radius; the one-sided one is smaller.
+# **Check** (2.15) on the classifier of notebook 01, section 1.9, here with one pixel: $A$ below $a$, $B$ above $b$, and
+# between the two, many classes with a little each. There the shares of $A$ and $B$ meet exactly at the two-sided
+# radius. The one-sided one is smaller.
 
 # %%
 def radius_of(pair, sigma):
@@ -855,13 +931,13 @@ def radius_of(pair, sigma):
 
 
 for a, b, s in ((-0.1, 0.3, 0.5), (0.05, 0.2, 0.25), (0.1, 0.1, 1.0)):
-    p_a, p_b = norm.cdf(a / s), norm.cdf(-b / s)
+    p_a, p_b = stats.norm.cdf(a / s), stats.norm.cdf(-b / s)
     one, two = certified_radius(p_a, s), radius_of((p_a, p_b), s)
-    meet = brentq(lambda t, a=a, b=b, s=s: norm.cdf((a - t) / s) - norm.cdf((t - b) / s), -5, 5)
+    meet = brentq(lambda t, a=a, b=b, s=s: stats.norm.cdf((a - t) / s) - stats.norm.cdf((t - b) / s), -5, 5)
     print(f"p_A = {p_a:.3f}, p_B = {p_b:.3f}: one-sided {one:.3f}, two-sided {two:.3f}; A and B meet at {meet:.3f}")
-    gain = s / 2 * (norm.ppf(1 - p_b) - norm.ppf(p_a))
-    assert abs(two - meet) < 1e-9 and abs(two - s * norm.ppf(p_a) - gain) < 1e-9 and gain > -1e-9
-    assert one == max(0, s * norm.ppf(p_a)) and (two > one or abs(p_a + p_b - 1) < 1e-9)
+    gain = s / 2 * (stats.norm.ppf(1 - p_b) - stats.norm.ppf(p_a))
+    assert abs(two - meet) < 1e-9 and abs(two - s * stats.norm.ppf(p_a) - gain) < 1e-9 and gain > -1e-9
+    assert one == max(0, s * stats.norm.ppf(p_a)) and (two > one or abs(p_a + p_b - 1) < 1e-9)
 
 # %% [markdown]
 # **Bounds that hold together.** Failures are counts, too: a share is at most $u$ if the share of the rest is at least
@@ -922,7 +998,8 @@ for classes in (2, 3, 10):
         assert np.allclose(pair, pair_by_hand(tally, top, alpha), rtol=0, atol=1e-9)
 print("of 40 copies 20, 12 and 8:", ", ".join(f"{bound:.4f}" for bound in pair_by_hand([20, 12, 8], 0, alpha)))
 
-# %% [markdown] **Check.** The error of (2.17), exactly: there are 861 outcomes for three classes and $n = 40$. We add
+# %% [markdown]
+# **Check.** The error of (2.17), exactly: there are 861 outcomes for three classes and $n = 40$. We add
 # up the multinomial probabilities of those where $\underline{p_A}$ or $\overline{p_B}$ is on the wrong side of the
 # truth, for shares all over the simplex.
 
@@ -970,8 +1047,9 @@ axis.set(xlabel="true share of A, three classes, n = 40", ylabel="chance of erro
 axis.legend(loc="upper left")
 plt.show()
 
-# %% [markdown] Unless $\alpha$ is shared the line is crossed: two bounds err more often than one. And the blue line
-# shows what a bound for each rival would give away.
+# %% [markdown]
+# The line is crossed unless $\alpha$ is shared: two bounds err more often than one. And the blue line shows what a
+# bound for each rival would give away.
 #
 # **The plane of $\underline{p_A}$ and $\overline{p_B}$.** With $\Phi^{-1}$ as scale on both axes the level lines of
 # both radii are straight: vertical for the one-sided radius, at 45 degrees for the two-sided one. On the edge
@@ -990,8 +1068,8 @@ for axis, s in zip(axes, (0.5, 1.0), strict=True):
         corner = level / s                                                  # where the radii agree: p_B = 1 - p_A
         axis.plot([corner - 5, corner], [-corner - 5, -corner], color="black", linewidth=1)
         axis.plot([corner, corner], [-5, -corner], "--", color=GREY, linewidth=1)
-        assert np.isclose(certified_radius(norm.cdf(corner), s), level)
-        assert np.isclose(certified_radius(norm.cdf(corner - 0.7), s, norm.cdf(-corner - 0.7)), level)
+        assert np.isclose(certified_radius(stats.norm.cdf(corner), s), level)
+        assert np.isclose(certified_radius(stats.norm.cdf(corner - 0.7), s, stats.norm.cdf(-corner - 0.7)), level)
         axis.annotate(f"R = {level:g}", (corner, -corner), xytext=(4, 2), textcoords="offset points", fontsize=9)
     axis.fill_between([-3, 3], [3, -3], 3, color="0.9")
     axis.text(0.9, 0.35, "$p_B > 1 - p_A$:\nimpossible", fontsize=9)
@@ -1007,9 +1085,10 @@ for axis, s in zip(axes, (0.5, 1.0), strict=True):
         name, colour, marker = state
         p_a, p_b = trial.bounds["two-sided"]
         label = name if tally[state] == 1 else None
-        axis.plot(norm.ppf(p_a), norm.ppf(p_b), marker, color=colour, markersize=5, zorder=3, label=label)
+        axis.plot(stats.norm.ppf(p_a), stats.norm.ppf(p_b), marker, color=colour, markersize=5, zorder=3, label=label)
     axis.set(xlim=(-2.1, 2.6), ylim=(-2.6, 1.0), xlabel="$p_A$, at least", title=rf"$\sigma$ = {s:g}",
-             xticks=norm.ppf(ticks[1:]), xticklabels=ticks[1:], yticks=norm.ppf(ticks[:5]), yticklabels=ticks[:5])
+             xticks=stats.norm.ppf(ticks[1:]), xticklabels=ticks[1:],
+             yticks=stats.norm.ppf(ticks[:5]), yticklabels=ticks[:5])
 
     print(f"sigma = {s:g}, of {len(found)} digits: "
           + ", ".join(f"{count} {name}" for (name, *_), count in tally.items()))
@@ -1025,7 +1104,8 @@ handles = {name: handle for axis in axes for handle, name in zip(*axis.get_legen
 figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=5, fontsize=8.5)
 plt.show()
 
-# %% [markdown] Below the line $R = 0$ (the diagonal $p_A = p_B$) the two-sided radius is positive; the one-sided one
+# %% [markdown]
+# Below the line $R = 0$ (the diagonal $p_A = p_B$) the two-sided radius is positive; the one-sided one
 # needs the vertical line $p_A = \frac12$. The wedge between them holds the images that were given away. Here is one,
 # by `certify` itself:
 
@@ -1118,11 +1198,54 @@ axis.set(xlabel="share of the strongest rival in what A lost (K = 10)", ylabel=r
 axis.legend()
 plt.show()
 
-# %% [markdown] **Sequential, too.** `Sequential` keeps both pairs at every look. Its two-sided pair is (2.17) with
+# %% [markdown]
+# **Sequential, too.** `Sequential` keeps both pairs at every look. Its two-sided pair is (2.17) with
 # the anytime bound in place of (2.2), at $\alpha/2$ as before: half of that for $A$, half for the rivals. The upper
-# bound of a rival is again one minus the lower bound of its failures. After the $n$-th draw comes (2.17) itself, at
-# the other $\alpha/2$. `bound=` says which of the two radii the rule for stopping means.
+# bound of a rival is again one minus the lower bound of its failures. After the last draw comes (2.17) itself, at the
+# other $\alpha/2$. The two radii of (2.14) are two-sided, too. The most that can be proven is what (2.17) says if all
+# draws to come are $A$'s. The largest that is not refuted has $p_A$ at its upper bound and the largest rival at its
+# lower bound, each an anytime bound at the error $1/100$. `bound=` says which of the radii the rule for stopping means.
 #
+# In the page, and against `Sequential`, with a few draws:
+
+# %%
+def anytime_pair(tally, top, a):
+    """(2.17), with the anytime bound in place of (2.2)."""
+    n, strongest = sum(tally), max(np.delete(tally, top))
+    p_a = anytime_or_none(tally[top], n, a / 2)
+    return p_a, min(1 - anytime_or_none(n - strongest, n, a / 2), 1 - p_a)
+
+
+def better(one, other):
+    """The best of two pairs that hold together."""
+    p_a = max(one[0], other[0])
+    return p_a, min(one[1], other[1], 1 - p_a)
+
+
+def signed_radius(pair, sigma):
+    """(2.15), negative where p_A < p_B."""
+    return sigma / 2 * (stats.norm.ppf(pair[0]) - stats.norm.ppf(pair[1]))
+
+
+random, n_max = np.random.default_rng(17), 300
+rule = certify.Sequential(n_max, alpha, 0.5, [0.1], bound="two-sided", first=100)
+for _ in range(5):
+    tally, best, bounds, shares = np.zeros(4, dtype=int), (0.0, 1.0), None, random.dirichlet(np.ones(4))
+    for n in range(100, n_max + 1, 100):
+        tally = tally + random.multinomial(100, shares)
+        best = better(best, anytime_pair(tally, 0, alpha / 2))
+        if n == n_max:
+            best = better(best, pair_by_hand(tally, 0, alpha / 2))
+        bounds = rule.bounds(tally, 0, n, bounds)
+        assert np.allclose(bounds["two-sided"], best, rtol=1e-9, atol=1e-9)
+        all_for_a = tally + np.array([n_max - n, 0, 0, 0])
+        most = signed_radius(better(best, pair_by_hand(all_for_a, 0, alpha / 2)), 0.5)
+        assert np.isclose(rule.most(tally, 0, n, bounds), most)
+        at_best = (1 - anytime_or_none(n - tally[0], n, 1 / 100), anytime_or_none(max(tally[1:]), n, 1 / 100))
+        assert np.isclose(rule.possible(tally, 0, n), signed_radius(at_best, 0.5))
+print("the two-sided pair, and both radii of (2.14), are those of Sequential")
+
+# %% [markdown]
 # **Check** with multinomial draws for our digit's shares: does the pair hold at the end, and how many draws does it
 # take to certify the radius 0.1? The one-sided rule never can, and stops when that is clear.
 
@@ -1144,7 +1267,8 @@ for bound in ("one-sided", "two-sided"):
     print(f"{bound}: stopped after {spent} draws")
     assert max(spent) < 50_000
 
-# %% [markdown] *Sources.* The pair $(\underline{p_A}, \overline{p_B})$: Cohen, Rosenfeld and Kolter 2019, theorem 1.
+# %% [markdown]
+# *Sources.* The pair $(\underline{p_A}, \overline{p_B})$: Cohen, Rosenfeld and Kolter 2019, theorem 1.
 # Simultaneous Clopper-Pearson bounds that share $\alpha$: Jia et al. 2020, for top-$k$ predictions, which need the
 # bounds of several classes. Bounds that may be looked at any time: Voracek 2024. Classes in groups, so that fewer
 # bounds share $\alpha$: Delattre et al. 2025.
@@ -1196,19 +1320,20 @@ for M, a in ((1, 0.001), (20, 0.05), (120, 0.001), (500, 0.001), (1000, 0.002)):
     assert certify.excess(M, a, rho) == excess_by_hand(M, a, rho)
 print("images, false certificates:", {M: certify.excess(M, alpha, rho) for M in (120, 500, 10_000)})
 
-# %% [markdown] **Check.** Unequal error chances do no harm (their distribution is computed by convolution);
+# %% [markdown]
+# **Check.** Unequal error chances do no harm (their distribution is computed by convolution);
 # Bernstein's bound with and without the factor; and the committed run's table.
 
 # %%
 chances, distribution = np.random.default_rng(7).uniform(0, 0.001, 500), np.ones(1)
 for chance in chances:
     distribution = np.convolve(distribution, [1 - chance, chance])
-stochastically = binom.cdf(np.arange(50), 500, 0.001)
+stochastically = stats.binom.cdf(np.arange(50), 500, 0.001)
 assert np.all(distribution.cumsum()[:50] >= stochastically - 1e-12)         # smaller
 
 for factor in (1, 2):                                                       # under Bernstein's root, 10 000 images
     bernstein = 10 + math.sqrt(factor * 10 * 0.999 * math.log(1 / rho)) + math.log(1 / rho) / 3
-    beyond = binom.sf(math.floor(bernstein), 10_000, 0.001)
+    beyond = stats.binom.sf(math.floor(bernstein), 10_000, 0.001)
     print(f"Bernstein with factor {factor}: {bernstein:.1f} false certificates, "
           f"exceeded with probability {beyond:.5f}; quantile: {certify.excess(10_000, 0.001, rho)}")
     assert (beyond <= rho) == (factor == 2)
@@ -1301,7 +1426,7 @@ plt.show()
 def rounded_noise(sigma, G, shape, generator):
     """Integers j with the probabilities (2.21): as many table entries as lie below 53 random bits."""
     edges = np.arange(-math.ceil(9 * sigma * G), math.ceil(9 * sigma * G)) + 0.5
-    table = np.round(norm.cdf(edges / (sigma * G)) * 2**53)
+    table = np.round(stats.norm.cdf(edges / (sigma * G)) * 2**53)
     bits = torch.randint(2**53, shape, generator=generator).numpy()
     return np.searchsorted(table, bits, side="right") - math.ceil(9 * sigma * G)
 
@@ -1316,7 +1441,8 @@ for _ in range(20):
     assert np.array_equal(np.round((out * G).double().numpy()), np.round((x * G).double().numpy()) + j)
 show(certify.GridNoise)
 
-# %% [markdown] **Check.** The frequencies of the integers against (2.21); the identity on the left by exact rational
+# %% [markdown]
+# **Check.** The frequencies of the integers against (2.21); the identity on the left by exact rational
 # arithmetic; and the trap. With grid noise, what is claimed at $x = 1$ is also true at $x = 0$, as both are multiples
 # of $1/16$ and stay such.
 
@@ -1326,7 +1452,7 @@ out = torch.empty(100, 1, 30, 30)
 counted = grid(torch.zeros(1, 30, 30), torch.Generator().manual_seed(0), out)
 j = (out * 16).round().long().flatten().numpy()
 values = np.arange(-12, 13)
-probability = norm.cdf((values + 0.5) / (16 * sigma)) - norm.cdf((values - 0.5) / (16 * sigma))
+probability = stats.norm.cdf((values + 0.5) / (16 * sigma)) - stats.norm.cdf((values - 0.5) / (16 * sigma))
 observed = np.array([(j == value).mean() for value in values])
 assert counted.all() and np.all(np.abs(observed - probability) < 5 * np.sqrt(probability / len(j)))
 
@@ -1352,7 +1478,8 @@ axis.set(xlabel=r"integer $j$ (noise in units of $1/16$)", ylabel="share (%)")
 axis.legend()
 plt.show()
 
-# %% [markdown] One more place where digits matter: the radius that is printed. The quantiles are themselves computed
+# %% [markdown]
+# One more place where digits matter: the radius that is printed. The quantiles are themselves computed
 # in floats, and a table entry must not exceed the truth. So radii are rounded *down*, with a margin of $10^{-9}$ for
 # errors of the special functions (`round_down`). And in one sense floats are no approximation at all: the theorem is
 # about $f$ *as it is computed*. A network run in another precision, or with another kernel, is another $f$, with its
@@ -1419,7 +1546,7 @@ for radius in (0.1234567891, 0.25, 1.0000004, 1e-10):
 # %%
 # The numbers of the answers.
 assert all(0.05 ** (1 / n) >= 1 - 3 / n and 0.001 ** (1 / n) >= 1 - math.log(1000) / n for n in range(1, 2000))
-needed = math.floor(math.log(0.001) / norm.logcdf(4)) + 1
+needed = math.floor(math.log(0.001) / stats.norm.logcdf(4)) + 1
 assert certified_radius(0.001 ** (1 / needed), 0.25) >= 1 > certified_radius(0.001 ** (1 / (needed - 1)), 0.25)
 
 
@@ -1469,7 +1596,7 @@ for _ in range(3000):
     k, p0 = int(random.integers(0, n + 1)), random.uniform(0.02, 0.98)
     q0, share, step = 1 - p0, k / n, 1e-6
     log_e = certify.log_e_value(k, n, p0)
-    density_over_mass = beta.pdf(p0, 0.5, 0.5) / beta.sf(p0, 0.5, 0.5)
+    density_over_mass = stats.beta.pdf(p0, 0.5, 0.5) / stats.beta.sf(p0, 0.5, 0.5)
     assert density_over_mass <= 1 / (2 * q0 * math.sqrt(p0)) + 1e-9
     divergence = xlogy(share, share / p0) + xlogy(1 - share, (1 - share) / q0)
     assert divergence <= (share - p0) ** 2 / (p0 * q0) + 1e-12
@@ -1502,13 +1629,14 @@ assert refuted > 500
 # * Zhai et al. 2020: [MACER: attack-free and scalable robust training via maximizing certified
 #   radius](https://arxiv.org/abs/2001.02378) (ACR)
 # * Jia et al. 2020: [Certified robustness for top-k predictions against adversarial perturbations via randomized
-#   smoothing](https://arxiv.org/abs/1912.09899); Delattre et al. 2025: [arXiv
-#   2504.02412](https://arxiv.org/abs/2504.02412)
-# * Horvath et al. 2022: [Boosting randomized smoothing with variance reduced
+#   smoothing](https://arxiv.org/abs/1912.09899); Delattre et al. 2025: [Bridging the theoretical gap in randomized
+#   smoothing](https://arxiv.org/abs/2504.02412)
+# * Horváth et al. 2022: [Boosting randomized smoothing with variance reduced
 #   classifiers](https://arxiv.org/abs/2106.06946)
 # * Chen et al. 2022: [Input-specific robustness certification for randomized
 #   smoothing](https://arxiv.org/abs/2112.12084)
-# * Voracek 2024: [arXiv 2406.17830](https://arxiv.org/abs/2406.17830) (confidence sequences for smoothing)
+# * Voracek 2024: [Treatment of statistical estimation problems in randomized smoothing for adversarial
+#   robustness](https://arxiv.org/abs/2406.17830) (confidence sequences)
 # * Jin et al. 2022: [Getting a-round guarantees: floating-point attacks on certified
 #   robustness](https://arxiv.org/abs/2205.10159); Voracek, Hein 2023: [Sound randomized smoothing in floating-point
 #   arithmetics](https://arxiv.org/abs/2207.07209)

@@ -47,7 +47,7 @@
 #
 # **Symbols** are those of the table in the [contents](README.md). Bold $\mathbf Q, \mathbf K, \mathbf V$ are queries,
 # keys and values, as everywhere in the literature. Written in this notebook only: $\tilde x$ the noisy image, $\hat x$
-# the predicted one, $x_i$ the $i$-th patch, $T$ a number of tokens, $G$ a number of processes.
+# the predicted one, $x_i$ the $i$-th patch, $S$ a number of tokens, $G$ a number of processes.
 
 # %%
 import inspect
@@ -57,7 +57,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -69,8 +68,8 @@ from matplotlib.patches import Rectangle
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "model.py").exists())
-sys.path.insert(0, str(root))
+ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "model.py").exists())
+sys.path.insert(0, str(ROOT))
 import certify
 import model
 import pretrain
@@ -89,10 +88,10 @@ plt.rcParams.update({
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "0.5"
 
 
-def show(*functions):
-    """The source of functions of the scripts, as it stands in their files."""
-    for function in functions:
-        display(Markdown(f"```python\n{textwrap.dedent(inspect.getsource(function))}```"))
+def show(*things):
+    """The source of functions and classes, as it stands in the scripts."""
+    for thing in things:
+        display(Markdown(f"```python\n{inspect.getsource(thing)}```"))
 
 
 def draw(axis, image, title=""):
@@ -101,7 +100,7 @@ def draw(axis, image, title=""):
     axis.set(xticks=[], yticks=[], title=title)
 
 
-checkpoint = model.read_checkpoint(root / "results/digits/pretrain.pt", "pretrain")
+checkpoint = model.read_checkpoint(ROOT / "results/digits/pretrain.pt", "pretrain")
 dmae = model.DenoisingMaskedAutoencoder(**checkpoint["config"]).eval().requires_grad_(False)
 model.load_weights(dmae, checkpoint["model"], "results/digits/pretrain.pt")
 
@@ -239,8 +238,8 @@ show(model.DenoisingMaskedAutoencoder.forward)
 # $[0,1]$, before any resizing or normalisation. The result is *not* clipped back to $[0,1]$, because the theorem about
 # radii is a theorem about unclipped Gaussians.
 #
-# How big is that noise? $\|e\|^2/\sigma^2$ is a $\chi^2_d$ variable, so that $\|e\|$ is close to $\sigma\sqrt d$;
-# notebook 01 derives this and draws the shell. Here we ask whether the *network* receives such noise. A hook catches
+# How big is that noise? $\lVert e\rVert^2/\sigma^2$ is a $\chi^2_d$ variable, so that $\lVert e\rVert$ is close to
+# $\sigma\sqrt d$ (notebook 01, section 1.11 (b)). Here we ask whether the *network* receives such noise. A hook catches
 # the input of its first layer; we undo the normalisation, subtract the clean image and compare with the $\chi^2_{64}$
 # distribution from SciPy.
 
@@ -350,8 +349,8 @@ print("patchify is the equation, unpatchify its inverse, the convolution a linea
 # down to nearly none, and sine and cosine act on each frequency. The class token's position is zero.
 #
 # Think of clock hands that turn at different speeds as one walks over the image: fast hands tell neighbours apart, slow
-# ones tell left from right. Since $\cos\alpha\cos\beta + \sin\alpha\sin\beta = \cos(\alpha-\beta)$, the inner product
-# of two positions depends only on the *displacement* between them:
+# ones tell left from right. The inner product of two positions depends only on the *displacement* between them, since
+# $\cos(b\omega)\cos(b'\omega) + \sin(b\omega)\sin(b'\omega) = \cos(\omega(b-b'))$:
 #
 # $$
 # \langle \operatorname{pos}(a,b),\, \operatorname{pos}(a',b')\rangle
@@ -455,8 +454,8 @@ plt.show()
 # %% [markdown]
 # ## 3.6 The transformer
 #
-# Encoder and decoder are made of the same block. It turns $T$ tokens of width $D$, a matrix
-# $\mathbf X \in \mathbb R^{T \times D}$, into $T$ tokens of width $D$. It has four parts; each is a few lines. To
+# Encoder and decoder are made of the same block. It turns $S$ tokens of width $D$, a matrix
+# $\mathbf X \in \mathbb R^{S \times D}$, into $S$ tokens of width $D$. It has four parts; each is a few lines. To
 # compare them with `model.py` we take a network whose parameters are *all* random. (A fresh one has gains 1 and biases
 # 0, so that a forgotten gain would not show.) Double precision leaves no room for excuses.
 
@@ -471,10 +470,10 @@ def randomised(network):
 torch.manual_seed(0)
 vit = randomised(model.build_vit("vit_digits", num_classes=10))
 block = vit.blocks[0]
-B, T, D = 5, 1 + N, 64
+B, S, D = 5, 1 + N, 64
 h = block.attn.heads
-X = torch.randn(B, T, D, dtype=torch.float64)
-print(f"{B} images, T = {T} tokens, width D = {D}, h = {h} heads of width D / h = {D // h}")
+X = torch.randn(B, S, D, dtype=torch.float64)
+print(f"{B} images, S = {S} tokens, width D = {D}, h = {h} heads of width D / h = {D // h}")
 
 # %% [markdown]
 # **LayerNorm.** Every token is standardised over its own $D$ channels, then scaled and shifted by learned vectors:
@@ -492,8 +491,8 @@ print(f"{B} images, T = {T} tokens, width D = {D}, h = {h} heads of width D / h 
 
 # %%
 def layer_norm(t, norm):
-    centred = t - t.mean(-1, keepdim=True)                                                # B T D
-    variance = centred.square().mean(-1, keepdim=True)                                    # B T 1
+    centred = t - t.mean(-1, keepdim=True)                                                # B S D
+    variance = centred.square().mean(-1, keepdim=True)                                    # B S 1
     return norm.weight * centred / (variance + 1e-6).sqrt() + norm.bias
 
 
@@ -529,25 +528,25 @@ torch.testing.assert_close(layer_norm(X, block.norm1), block.norm1(X))
 
 # %%
 def weights_of(Q, K):
-    """Softmax of scaled products: (B, T, D/h) twice -> (B, T, T), rows sum to 1."""
+    """Softmax of scaled products: (B, S, D/h) twice -> (B, S, S), rows sum to 1."""
     scores = Q @ K.mT / math.sqrt(Q.shape[-1])
     return scores.exp() / scores.exp().sum(-1, keepdim=True)
 
 
 def attention(X, layer):
-    """Equations (3.9) and (3.10): (B, T, D) -> (B, T, D)."""
+    """Equations (3.9) and (3.10): (B, S, D) -> (B, S, D)."""
     D = X.shape[-1]
-    queries, keys, values = (X @ layer.qkv.weight.T + layer.qkv.bias).split(D, dim=-1)    # B T D each
+    queries, keys, values = (X @ layer.qkv.weight.T + layer.qkv.bias).split(D, dim=-1)    # B S D each
     answers = []
     for channels in torch.arange(D).chunk(layer.heads):                                   # D/h channels of a head
-        Q, K, V = queries[..., channels], keys[..., channels], values[..., channels]      # B T D/h
-        answers.append(weights_of(Q, K) @ V)                                              # B T D/h
+        Q, K, V = queries[..., channels], keys[..., channels], values[..., channels]      # B S D/h
+        answers.append(weights_of(Q, K) @ V)                                              # B S D/h
     return torch.cat(answers, dim=-1) @ layer.proj.weight.T + layer.proj.bias
 
 
 small = X / 10                                                                            # exp() must not overflow
 torch.testing.assert_close(attention(small, block.attn), block.attn(small))
-shuffled = torch.randperm(T)
+shuffled = torch.randperm(S)
 torch.testing.assert_close(attention(small[:, shuffled], block.attn), attention(small, block.attn)[:, shuffled])
 print("attention is model.Attention; shuffled tokens get the same answers, shuffled")
 
@@ -683,17 +682,17 @@ plt.show()
 # %% [markdown]
 # ## 3.7 The encoder sees kept patches only, and what that saves
 #
-# Dropped patches are removed from the sequence before the first block. A transformer of width $D$ with $T$ tokens, a
+# Dropped patches are removed from the sequence before the first block. A transformer of width $D$ with $S$ tokens, a
 # class token among them, spends in every block
 #
 # $$
-# \text{FLOPs}(T) = \underbrace{8TD^2}_{\text{q, k, v, projection}} + \underbrace{4T^2D}_{\text{attention}}
-# {} + \underbrace{16TD^2}_{\text{MLP, ratio 4}} , \tag{3.14}
+# \text{FLOPs}(S) = \underbrace{8SD^2}_{\text{q, k, v, projection}} + \underbrace{4S^2D}_{\text{attention}}
+# {} + \underbrace{16SD^2}_{\text{MLP, ratio 4}} , \tag{3.14}
 # $$
 #
 # counting a multiplication and an addition as two operations. Why: a linear map from $D$ to $D'$ costs $2DD'$ per
 # token; attention has four of them with $D' = D$, the MLP two with $D'=4D$. The products of queries with keys, and of
-# weights with values, cost $2T^2D$ each. So the cost falls a little faster than the number of tokens. The activations
+# weights with values, cost $2S^2D$ each. So the cost falls a little faster than the number of tokens. The activations
 # kept for the backward pass shrink in the same way, which allows larger batches.
 
 # %%
@@ -740,8 +739,8 @@ def count(gamma):
 
 
 def formula(gamma, width=768, depth=12):
-    T = 1 + int(196 * (1 - gamma))
-    return depth * (24 * T * width**2 + 4 * T**2 * width) + 2 * 196 * 16**2 * 3 * width
+    S = 1 + int(196 * (1 - gamma))
+    return depth * (24 * S * width**2 + 4 * S**2 * width) + 2 * 196 * 16**2 * 3 * width
 
 
 gammas = np.array([0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875])
@@ -771,11 +770,11 @@ plt.show()
 # %% [markdown]
 # ## 3.8 The decoder
 #
-# Let $\mathbf t'_i$ be the encoder's output for a kept patch $i$, and $A$, $A_0$ a linear map to the decoder's width.
+# Let $\mathbf t'_i$ be the encoder's output for a kept patch $i$, and $W_d$, $w_d$ a linear map to the decoder's width.
 # The decoder's input is
 #
 # $$
-# \mathbf s_i = \begin{cases} A \mathbf t'_i + A_0 + \operatorname{pos}'_i & \text{if patch } i \text{ was kept},\\
+# \mathbf s_i = \begin{cases} W_d \mathbf t'_i + w_d + \operatorname{pos}'_i & \text{if patch } i \text{ was kept},\\
 # \mathbf t_{\text{mask}} + \operatorname{pos}'_i & \text{if it was dropped,}\end{cases} \tag{3.15}
 # $$
 #
@@ -783,8 +782,8 @@ plt.show()
 # $\operatorname{pos}'$. Blocks of attention follow, then a linear map to $P^2C$ pixel values.
 #
 # All dropped places start from the same vector, so that position is all that tells them apart; what belongs there has
-# to come by attention from the kept ones. Since `restore` sends patch $i$ to its place in "kept first, then dropped",
-# one `gather` puts everything back into image order.
+# to come by attention from the kept ones. One `gather` puts everything back into image order, since `restore` sends
+# patch $i$ to its place in "kept first, then dropped".
 
 # %%
 show(model.DenoisingMaskedAutoencoder.decode)
@@ -823,7 +822,7 @@ print("every place holds its own token or the mask token, and the prediction fol
 # $$
 # \mathcal L_{\text{all}} = \frac1N \sum_{i=1}^{N} \mathcal L_i, \qquad
 # \mathcal L_{\text{dropped}} = \frac{1}{N-N_{\text{kept}}}\sum_{i\,\text{dropped}} \mathcal L_i, \qquad
-# \mathcal L_i = \frac{1}{P^2C}\bigl\|\hat x_i - x_i\bigr\|^2 , \tag{3.16}
+# \mathcal L_i = \frac{1}{P^2C}\bigl\lVert\hat x_i - x_i\bigr\rVert^2 , \tag{3.16}
 # $$
 #
 # where $x_i$ is the *clean* (normalised) patch and $\hat x_i$ the prediction. MAE uses $\mathcal L_{\text{dropped}}$:
@@ -899,13 +898,14 @@ plt.show()
 #
 # $$
 # x_i^{\text{norm}} = \frac{x_i - \operatorname{mean}(x_i)}{\sqrt{\operatorname{var}(x_i) + 10^{-6}}}, \qquad
-# \operatorname{var}(x_i) = \frac{1}{P^2C-1}\bigl\|x_i-\operatorname{mean}(x_i)\bigr\|^2 . \tag{3.18}
+# \operatorname{var}(x_i) = \frac{1}{P^2C-1}\bigl\lVert x_i-\operatorname{mean}(x_i)\bigr\rVert^2 . \tag{3.18}
 # $$
 #
 # Mean squared error is dominated by brightness and contrast; both are removed, so that a faint texture counts as much
 # as a bold edge. For any positive factor and any shift, the changed patch has (up to the $10^{-6}$) the same target.
-# Also $\|x_i^{\text{norm}}\|^2 = P^2C-1$, so that answering 0 everywhere costs $(P^2C-1)/(P^2C)$: a yardstick for the
-# loss curve. The variance is the unbiased one because the published code has it so; for $P^2C = 768$ nobody could tell.
+# Also $\lVert x_i^{\text{norm}}\rVert^2 = P^2C-1$, so that answering 0 everywhere costs $(P^2C-1)/(P^2C)$: a yardstick
+# for the loss curve. The variance is the unbiased one because the published code has it so; for $P^2C = 768$ nobody
+# could tell.
 
 # %%
 def norm_pix(patches):
@@ -1113,7 +1113,7 @@ assert math.isclose(paper["base_lr"] * paper["batch"] / 256, 2.4e-3)            
 for t in range(steps):
     assert math.isclose(lr_at(t, steps, warmup, peak), model.learning_rate(t, steps, warmup, peak), abs_tol=1e-12)
 
-rows = [json.loads(line) for line in (root / "results/digits/pretrain.jsonl").read_text().splitlines()]
+rows = [json.loads(line) for line in (ROOT / "results/digits/pretrain.jsonl").read_text().splitlines()]
 for row in rows:                                                                          # a row stands after its step
     assert math.isclose(row["lr"], lr_at(row["step"] - 1, steps, warmup, peak), rel_tol=1e-9)
 
@@ -1151,18 +1151,19 @@ plt.show()
 # its share of the batch; then the processes exchange gradients, and all take the same step. PyTorch's
 # `DistributedDataParallel` (DDP) *averages* the gradients. When is that average the gradient of the whole batch?
 #
-# Let $B$ images be dealt to $G$ processes, $B_j$ to the $j$-th, in disjoint shares $S_j$. Each takes the mean of its
-# images' losses $\mathcal L_i$.
+# Let $B$ images be dealt to $G$ processes, $B_j$ to the $j$-th, in disjoint shares $\mathcal B_j$. Each takes the mean
+# of its images' losses $\mathcal L_i$.
 #
 # $$
-# \frac1G \sum_{j=1}^G \nabla \Bigl[\frac{1}{B_j} \sum_{i \in S_j} \mathcal L_i\Bigr]
+# \frac1G \sum_{j=1}^G \nabla \Bigl[\frac{1}{B_j} \sum_{i \in \mathcal B_j} \mathcal L_i\Bigr]
 # = \nabla \Bigl[\frac1B \sum_{i=1}^{B} \mathcal L_i \Bigr]
 # \quad\text{for all losses, if and only if}\quad B_1 = \dots = B_G = \frac BG . \tag{3.22}
 # $$
 #
-# *Proof.* The gradient is linear, so the left side gives image $i \in S_j$ the weight $1/(G B_j)$; the right side gives
-# it $1/B$. If $B_j = B/G$ for all $j$, the weights are the same, and so are the sums. If they are the same sums for all
-# losses, let all losses but one in $S_j$ be constant: then $1/(GB_j) = 1/B$, and this for every $j$. $\square$
+# *Proof.* The gradient is linear, so the left side gives image $i \in \mathcal B_j$ the weight $1/(G B_j)$; the right
+# side gives it $1/B$. If $B_j = B/G$ for all $j$, the weights are the same, and so are the sums. If they are the same
+# sums for all losses, let all losses but one in $\mathcal B_j$ be constant: then $1/(GB_j) = 1/B$, and this for every
+# $j$. $\square$
 #
 # So the scripts refuse a batch that the number of processes does not divide (`pretrain.share_batch`). Two conditions
 # hide in the notation:
@@ -1284,7 +1285,7 @@ with tempfile.TemporaryDirectory() as folder:
     Path(folder, "shares.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, f"{folder}/shares.py", folder], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)})
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(f"{folder}/rank{rank}.pt") for rank in range(2)]
 
@@ -1488,9 +1489,9 @@ plt.show()
 # %% [markdown]
 # ## 3.15 Why denoising teaches what images look like: Tweedie's formula
 #
-# Take mask ratio 0. Which function $\hat x(\tilde x)$ minimises the expected squared error
-# $\mathbb E\|\hat x(\tilde x) - x\|^2$? The posterior mean $\mathbb E[x \mid \tilde x]$, as always with squares. For
-# Gaussian noise it has a remarkable form:
+# Take mask ratio 0. Which function $\hat x(\tilde x)$ minimises the expected squared error $\mathbb E\lVert\hat
+# x(\tilde x) - x\rVert^2$? The posterior mean $\mathbb E[x \mid \tilde x]$, as always with squares. For Gaussian noise
+# it has a remarkable form:
 #
 # $$
 # \boxed{\;\mathbb E[x\mid \tilde x] = \tilde x + \sigma^2\,\nabla \log p(\tilde x)\;}, \qquad
@@ -1600,8 +1601,8 @@ plt.show()
 # on each image of the training set $\mathcal T$. Its posterior is a softmax of squared distances, and its mean
 #
 # $$
-# \mathbb E_{\mathcal T}[x\mid \tilde x] = \sum_{x' \in \mathcal T} \Pr(x' \mid \tilde x)\,x', \qquad
-# \Pr(x' \mid \tilde x) \propto \exp\Bigl(-\frac{\|\tilde x-x'\|^2}{2\sigma^2}\Bigr) . \tag{3.25}
+# \mathbb E_{\mathcal T}[x\mid \tilde x] = \sum_{z \in \mathcal T} \Pr(z \mid \tilde x)\,z, \qquad
+# \Pr(z \mid \tilde x) \propto \exp\Bigl(-\frac{\lVert\tilde x-z\rVert^2}{2\sigma^2}\Bigr) . \tag{3.25}
 # $$
 #
 # This is Tweedie's formula for a mixture of equal Gaussians. (Notebook 04 uses the same posterior as a classifier.) No
@@ -1657,10 +1658,10 @@ axes[0].text(0.33, 0.085, "copy the noisy\n" r"pixels, $\sigma^2$", color="0.2")
 plt.show()
 
 # %% [markdown]
-# The two panels tell memorising from learning. Where the empirical posterior is provably optimal, on the images it
-# stores, it wins everywhere. On new digits and near the noise level of its training (grey line) the autoencoder wins,
-# since it recombines strokes instead of recalling whole images. At small noise the empirical answer is stuck at the
-# distance of the nearest neighbour; at large noise the autoencoder, never trained there, falls behind.
+# The two panels tell memorising from learning. The empirical posterior wins everywhere on the images it stores, where
+# it is provably optimal. On new digits and near the noise level of its training (grey line) the autoencoder wins, since
+# it recombines strokes instead of recalling whole images. At small noise the empirical answer is stuck at the distance
+# of the nearest neighbour; at large noise the autoencoder, never trained there, falls behind.
 
 # %%
 torch.manual_seed(4)
@@ -1694,7 +1695,21 @@ plt.show()
 #   experiment, and notebook 04 makes it, with its unflattering comparisons.
 
 # %% [markdown]
-# ## 3.16 Exercises
+# ## 3.16 What to take along
+#
+# * DMAE spoils an image by noise, (3.2), and by a mask, (3.7), and asks for the clean image on *all* patches, (3.16).
+#   With $\sigma = 0$ and the loss on the dropped patches it is MAE.
+# * A transformer adds up branches, (3.12). Tokens exchange information in attention alone, (3.9).
+# * The encoder sees the kept patches only. That takes about a quarter of the operations at $\gamma = 0.75$, (3.14).
+# * AdamW's step has no unit, and its decay is decoupled from the gradient, (3.19).
+# * The average of the processes' gradients is the gradient of the batch's mean if and only if the shares are equal,
+#   (3.22). It takes losses that belong to one image each.
+# * The best denoiser steps uphill on the log-density of *noisy* images, (3.23). That it makes good features is not a
+#   theorem.
+#
+# Notebook 04 makes a classifier of the encoder.
+#
+# ## 3.17 Exercises
 #
 # 1. **The root in (3.9).** Let the entries of a query and a key of length $D/h$ be independent, with mean 0 and
 #    variance 1. Show that their inner product has variance $D/h$. *Hint:* the terms of the sum are uncorrelated.
@@ -1714,12 +1729,12 @@ plt.show()
 #
 # 1. Each term $Q_l K_l$ has mean $0$ and variance $\mathbb E[Q_l^2]\,\mathbb E[K_l^2] = 1$. Different terms are
 #    independent, so that the variances add up, to $D/h$.
-# 2. There are four patches in place of sixteen, so $T = 5$ in place of 17. With MLP ratio 2 a block costs $16TD^2 +
-#    4T^2D$: 334 080 operations in place of 1 188 096, or 0.28 times as much. It is not done because a quarter of a
+# 2. There are four patches in place of sixteen, so $S = 5$ in place of 17. With MLP ratio 2 a block costs $16SD^2 +
+#    4S^2D$: 334 080 operations in place of 1 188 096, or 0.28 times as much. It is not done because a quarter of a
 #    digit is too much to lose: one dropped patch would be a quadrant.
 # 3. The identity on each patch. It needs no attention: every token can keep its own pixels. It learns nothing about
 #    images from the kept patches; only $\mathcal L_{\text{dropped}}$, with the weight $\gamma$, teaches.
-# 4. By $G B_j / B$: $150/128$, $150/128$ and $84/128$. Image $i \in S_j$ then has the weight
+# 4. By $G B_j / B$: $150/128$, $150/128$ and $84/128$. Image $i \in \mathcal B_j$ then has the weight
 #    $\frac{1}{G B_j} \cdot \frac{G B_j}{B} = \frac1B$.
 # 5. $\pi(dx\mid\tilde x) \propto \varphi_\sigma(\tilde x - x)\,\pi(dx)$, so its logarithmic derivative by $\tilde x$ is
 #    $\frac{x - \tilde x}{\sigma^2} - \nabla\log p(\tilde x) = \frac{x - \mathbb E[x\mid\tilde x]}{\sigma^2}$. Hence the
@@ -1735,7 +1750,7 @@ torch.manual_seed(0)
 products = (torch.randn(100_000, 32) * torch.randn(100_000, 32)).sum(1)                   # answer 1
 assert abs(products.var().item() / 32 - 1) < 0.05
 
-costs = {T: 16 * T * 64**2 + 4 * T**2 * 64 for T in (5, 17)}                              # answer 2
+costs = {S: 16 * S * 64**2 + 4 * S**2 * 64 for S in (5, 17)}                              # answer 2
 assert costs == {5: 334_080, 17: 1_188_096} and round(costs[5] / costs[17], 2) == 0.28
 
 shares = [whole[:50], whole[50:100], whole[100:]]                                         # answer 4

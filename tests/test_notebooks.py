@@ -32,6 +32,14 @@ def test_the_pair_is_in_sync(source):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
+def test_no_first_line_of_prose_is_lost_in_a_title(source):
+    """`# %% [markdown] TEXT` would put TEXT into the cell's metadata, where nobody reads it."""
+    assert not re.search(r"^# %% \[markdown\] \S", source.read_text(), re.MULTILINE)
+    for cell in json.loads(source.with_suffix(".ipynb").read_text())["cells"]:
+        assert not cell["metadata"].keys() & {"title", "incorrectly_encoded_metadata"}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=IDS)
 def test_the_committed_notebook_was_executed_and_shows_nothing_of_the_machine(source):
     file = source.with_suffix(".ipynb")
     notebook = json.loads(file.read_text())
