@@ -377,6 +377,9 @@ def logits_of(output, copies):
     if not isinstance(output, torch.Tensor) or len(shape) != 2 or len(output) != copies:
         found = f"a {type(output).__name__}" + (f" of shape {shape}" if shape else "")
         raise ValueError(f"the classifier must return logits of shape ({copies}, classes), not {found}")
+    if shape[1] == 1:
+        raise ValueError("the classifier returns a single logit, so that every image would be of class 0; "
+                         "of a binary score s make torch.cat([-s, s], dim=1)")
     return output
 
 
@@ -484,9 +487,7 @@ def predict(classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch
 def clear_winner(counts, alpha):
     """The class with the most counts (classes,), or -1 if a binomial test cannot tell the top two apart."""
     order = counts.numpy().argsort(kind="stable")[::-1]
-    first, second = int(counts[order[0]]), 0
-    if len(order) > 1:
-        second = int(counts[order[1]])
+    first, second = int(counts[order[0]]), int(counts[order[1]])
     if binomtest(first, first + second, 0.5).pvalue > alpha:
         return ABSTAIN
     return int(order[0])
@@ -1379,12 +1380,20 @@ def load_callable(place, device):
 
     def classifier(x):
         try:
-            return found(x)
+            output = found(x)
         except Exception as error:
             traceback.print_exc()
             sentence = f"{place} failed: {type(error).__name__}: {error}"
             raise ClassifierError(sentence.splitlines()[0]) from None
+        if not classifier.called:
+            classifier.called = True
+            late = [network for network in all_networks() if id(network) not in known and network.training]
+            if late:
+                raise ClassifierError(f"{place} made a {type(late[-1]).__name__}, in training mode, at its "
+                                      "first call: make it where the file is imported")
+        return output
 
+    classifier.called = False
     classifier.weights_sha256 = hash_of_weights(networks)
     return classifier
 

@@ -215,8 +215,8 @@ def test_predict_does_the_two_sided_binomial_test_on_the_top_two(monkeypatch, al
         assert clear_winner(counts, alpha) == expected
 
 
-def test_a_classifier_of_one_class_always_answers_it():
-    constant = lambda x: torch.zeros(len(x), 1)
+def test_a_classifier_that_always_answers_one_class_has_the_largest_radius():
+    constant = lambda x: torch.tensor([[1.0, 0.0]]).expand(len(x), 2)
     assert predict(constant, torch.zeros(1, 2, 2), 0.5, n=100) == 0
     for bound in c.BOUNDS:
         prediction, radius = certify(constant, torch.zeros(1, 2, 2), 0.5, n=100, bound=bound)

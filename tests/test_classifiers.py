@@ -72,6 +72,16 @@ def one_infinite(x):
     return logits
 def broken(x):
     raise KeyError("no such layer")
+made = []
+def late(x):
+    if not made:
+        made.append(Holder().inner)
+    return made[0](x)
+def late_in_eval_mode(x):
+    if not made:
+        made.append(Holder().inner.eval())
+    return made[0](x)
+score = lambda x: net(x)[:, :1]
 """
 
 
@@ -113,6 +123,16 @@ def test_networks_are_put_into_eval_mode_and_it_is_said(run, name, capsys):
         assert (row["predict"], row["radius"]) == (str(prediction), f"{radius:.6f}")
 
 
+def test_a_network_made_at_the_first_call_is_in_eval_mode_or_refused(run, capsys, tmp_path):
+    assert run("late_in_eval_mode") == run("plain")
+    with pytest.raises(SystemExit) as stop:
+        run("late")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert "late made a " in error and "in training mode, at its first call" in error
+    assert "".join(part.read_text() for part in (tmp_path / "late").glob("*.tsv*")) == ""
+
+
 @pytest.mark.parametrize("name", ["pair", "listed", "mapping", "thing", "spatial"])
 def test_outputs_that_hold_logits_are_taken(run, name):
     assert run(name) == run("plain")
@@ -121,7 +141,7 @@ def test_outputs_that_hold_logits_are_taken(run, name):
 @pytest.mark.parametrize("name, words", [
     ("vector", ("(400, classes)", "Tensor of shape (400,)")), ("classes", ("(400, classes)", "(400,)")),
     ("half", ("(400, classes)", "(7, 10)")), ("words", ("(400, classes)", "dict")), ("nothing", ("NoneType",)),
-    ("image", ("(400, 1, 8, 8)",))])
+    ("image", ("(400, 1, 8, 8)",)), ("score", ("a single logit", "torch.cat([-s, s], dim=1)"))])
 def test_other_outputs_are_refused_by_the_shape_found_and_the_shape_wanted(run, capsys, tmp_path, name, words):
     with pytest.raises(SystemExit) as stop:
         run(name)
@@ -214,8 +234,11 @@ def test_half_precision_images_get_noise_of_full_precision(dtype):
     assert torch.equal(seen[1], seen[0])
 
 
-def test_predict_with_one_class_answers_it():
-    assert predict(lambda x: torch.zeros(len(x), 1), torch.zeros(1, 2, 2), 0.5, n=100) == 0
+@pytest.mark.parametrize("function", [certify, predict])
+def test_a_single_logit_is_refused(function):
+    """A binary classifier's score: its argmax would be class 0 for every image, with the largest radius there is."""
+    with pytest.raises(ValueError, match="single logit"):
+        function(lambda x: x.flatten(1)[:, :1], torch.zeros(1, 2, 2), 0.5, n=100)
 
 
 def test_seeds_that_would_share_a_stream_are_refused(capsys, tmp_path):
