@@ -70,6 +70,11 @@ def test_a_small_plan_is_trained_certified_and_collected_once(run, monkeypatch, 
     capfd.readouterr()
     run.print_table(rows)
     assert len(capfd.readouterr().out.splitlines()) == 2 + 3
+    run.print_differences(plan)
+    for line, other in zip(capfd.readouterr().out.splitlines()[3:], rows[1:], strict=True):
+        difference = rows[0]["one-sided"]["acr"] - other["one-sided"]["acr"]
+        assert line.startswith(f"| all labels | 1 | {other['init']} | ")
+        assert float(line.split("|")[5].strip()) == pytest.approx(difference, abs=1e-3)
 
 
 @pytest.mark.slow
