@@ -282,8 +282,8 @@ def reconstruct(model, clean, prediction):
 
 
 @torch.no_grad()
-def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
-    """A column per image: clean, noisy, noisy and masked (dropped patches grey), reconstruction."""
+def draw_reconstructions(path, model, clean, names, sigma, mask_ratio, seed):
+    """A column per image, under its name: clean, noisy, noisy and masked (dropped patches grey), restored."""
     noise, mask_noise = draw_corruption(clean, math.prod(model.grid), seed)
     model.eval()
     _, prediction, mask = model(clean, sigma, mask_ratio, noise, mask_noise)
@@ -306,6 +306,8 @@ def draw_reconstructions(path, model, clean, sigma, mask_ratio, seed):
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
@@ -360,7 +362,8 @@ def show_progress(files, model, images, held_out, args, device):
     shown = evenly_spaced(held_out, 10).tolist()
     clean = torch.stack([images.read(i) for i in shown]).to(device) / images.levels
     draw_loss(f"{files.stem}.loss.png", files.log_file)
-    draw_reconstructions(f"{files.stem}.png", model, clean, args.sigma, args.mask_ratio, args.seed)
+    names = [images.classes[images.labels[i]] for i in shown]
+    draw_reconstructions(f"{files.stem}.png", model, clean, names, args.sigma, args.mask_ratio, args.seed)
 
 
 def pretrain(args):
