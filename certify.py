@@ -1344,9 +1344,10 @@ class ClassifierError(Exception):
     """What went wrong inside a user's classifier, in one sentence."""
 
 
-def all_networks():
-    """Every torch module of this process, wherever a closure, a list or an object holds it."""
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
+def all_networks(known=()):
+    """Every torch module of this process whose id() is not known, wherever a closure or a list holds it."""
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Module)]
+    return [module for module in modules if id(module) not in known]
 
 
 def hash_of_weights(networks):
@@ -1372,7 +1373,7 @@ def load_callable(place, device):
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     require(callable(found), f"{file} has no function {name!r} (--classifier FILE.py:NAME)")
-    networks = [network for network in all_networks() if id(network) not in known]
+    networks = all_networks(known)
     for network in networks:
         if network.training:
             say(f"{file}: a {type(network).__name__} is put into eval mode")
@@ -1387,7 +1388,7 @@ def load_callable(place, device):
             raise ClassifierError(sentence.splitlines()[0]) from None
         if not classifier.called:
             classifier.called = True
-            late = [network for network in all_networks() if id(network) not in known and network.training]
+            late = [network for network in all_networks(known) if network.training]
             if late:
                 raise ClassifierError(f"{place} made a {type(late[-1]).__name__}, in training mode, at its "
                                       "first call: make it where the file is imported")

@@ -1,6 +1,7 @@
 """results/fashion-mnist/run.py: its plan is one that the stages accept, and a small plan runs from end to end."""
 
 import importlib.util
+import json
 import shlex
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_every_command_of_the_plan_is_accepted_and_each_run_has_a_folder_of_its_
     assert differing == {"sigma", "loss_on"}
 
 
+def test_rows_of_runs_that_lie_elsewhere_are_kept(run, monkeypatch, tmp_path, capsys):
+    committed = run.RESULT.read_text()
+    monkeypatch.setattr(run, "RESULT", tmp_path / "runs.jsonl")
+    run.RESULT.write_text(committed)
+    run.main(["--table"])
+    assert run.RESULT.read_text() == committed and committed.count("\n") > 1
+    assert "| all labels | dmae |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_small_plan_is_trained_certified_and_collected_once(run, monkeypatch, tmp_path, capfd):
     write_files(tmp_path / "data" / "FashionMNIST" / "raw")
@@ -66,7 +76,10 @@ def test_a_small_plan_is_trained_certified_and_collected_once(run, monkeypatch, 
         summary = certify.Summary(certify.read_rows(one.out / "certify_sigma_0.5.tsv"))
         assert (row["init"], row["images"], row["n"], row["labels"]) == (one.init, 5, 100, "all")
         assert row["one-sided"]["acr"] == pytest.approx(summary.acr, abs=1e-4)
-        assert (row["seconds_pretraining"] == 0) == (one.init == "scratch")
+        before = run.RUNS / one.init / "pretrain.jsonl"
+        assert before.exists() == (one.init != "scratch")
+        last = json.loads(before.read_text().splitlines()[-1])["time"] if before.exists() else 0
+        assert row["seconds_pretraining"] == round(last)
     capfd.readouterr()
     run.print_table(rows)
     assert len(capfd.readouterr().out.splitlines()) == 2 + 3

@@ -21,10 +21,10 @@ import certify
 RADII = [i / 4 for i in range(17)]
 
 
-def paired(rows_a, rows_b, bound="one-sided"):
-    """(mean of the differences of radii A - B, its standard error, images, Summary of A, Summary of B).
+def by_image(rows_a, rows_b, bound="one-sided"):
+    """(rows of A, rows of B, radii of A - radii of B) on the images that both have, in their order.
 
-    rows_a and rows_b are as certify.read_rows() returns them; images that only one of them has are left out.
+    rows_a and rows_b are as certify.read_rows() returns them.
     """
     for rows in (rows_a, rows_b):
         there = bound == "one-sided" or all("two_sided" in row for row in rows)
@@ -34,13 +34,21 @@ def paired(rows_a, rows_b, bound="one-sided"):
     common = sorted(a.keys() & b.keys())
     certify.require(len(common) > 1, "the logs have fewer than two images in common")
     certify.require(all(a[i]["label"] == b[i]["label"] for i in common), "the logs are of different data sets")
+    a, b = ([rows[i] for i in common] for rows in (a, b))
+    radii_a, radii_b = (np.array([row["radius"] * row["correct"] for row in rows]) for rows in (a, b))
+    return a, b, radii_a - radii_b
 
-    radii_a = np.array([a[i]["radius"] * a[i]["correct"] for i in common])
-    radii_b = np.array([b[i]["radius"] * b[i]["correct"] for i in common])
-    difference = radii_a - radii_b
-    error = difference.std(ddof=1) / len(common) ** 0.5
-    summaries = [certify.Summary([rows[i] for i in common], bound, name) for name, rows in (("A", a), ("B", b))]
-    return difference.mean(), error, len(common), *summaries
+
+def standard_error(differences):
+    """Of their mean, over the images."""
+    return differences.std(ddof=1) / len(differences) ** 0.5
+
+
+def paired(rows_a, rows_b, bound="one-sided"):
+    """(mean of the differences of radii A - B, its standard error, images, Summary of A, Summary of B)."""
+    a, b, difference = by_image(rows_a, rows_b, bound)
+    summaries = [certify.Summary(rows, bound, name) for name, rows in (("A", a), ("B", b))]
+    return difference.mean(), standard_error(difference), len(difference), *summaries
 
 
 def main(argv=None):

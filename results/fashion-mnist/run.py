@@ -26,6 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import certify
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import compare
+
 RUNS = Path("runs/fashion")
 RESULT = Path(__file__).with_name("runs.jsonl")
 INITS = ("dmae", "mae", "scratch")
@@ -58,6 +62,10 @@ class Run:
     @property
     def out(self):
         return RUNS / self.name
+
+    @property
+    def log(self):
+        return self.out / f"certify_sigma_{self.sigma:g}.tsv"
 
     def commands(self, shared):
         init = RUNS / self.init / "pretrain.pt" if self.init in PRETRAININGS else "scratch --layer-decay 1"
@@ -124,10 +132,9 @@ def last_row(folder, stem, split=None):
 def collect(run):
     """The run as a row of runs.jsonl, or None where it is not finished."""
     stem = f"finetune_sigma_{run.sigma:g}"
-    rows_file = run.out / f"certify_sigma_{run.sigma:g}.tsv"
-    if not rows_file.exists():
+    if not run.log.exists():
         return None
-    rows = certify.read_rows(rows_file)
+    rows = certify.read_rows(run.log)
     settings = json.loads((run.out / f"{stem}.json").read_text())
     test = last_row(run.out, stem, "test")
     before = 0 if run.init == "scratch" else last_row(RUNS / run.init, "pretrain")["time"]
@@ -163,12 +170,6 @@ def print_table(rows):
         print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def radii_of(run, bound):
-    """The radius of each image, (images,); wrong or abstained: 0."""
-    rows = [certify.by_bound(row, bound) for row in certify.read_rows(run.out / f"certify_sigma_{run.sigma:g}.tsv")]
-    return np.array([row["radius"] * row["correct"] for row in sorted(rows, key=lambda row: row["idx"])])
-
-
 def print_differences(runs, bound="one-sided"):
     """DMAE less the others, image by image: mean over seeds, its standard error over images, and each seed's mean."""
     print(f"\n| part, {bound} | seeds | less | mean difference of the radius | of each seed |\n|---|---|---|---|---|")
@@ -177,8 +178,9 @@ def print_differences(runs, bound="one-sided"):
             pairs = [(a, b) for a in runs for b in runs if a.part == b.part == part and a.init == "dmae"
                      and b.init == other and a.seed == b.seed and a.sigma == b.sigma]
             if pairs:
-                differences = np.stack([radii_of(a, bound) - radii_of(b, bound) for a, b in pairs])      # seeds images
-                error = differences.mean(axis=0).std(ddof=1) / differences.shape[1] ** 0.5
+                logs = [[certify.read_rows(run.log) for run in pair] for pair in pairs]
+                differences = np.stack([compare.by_image(a, b, bound)[2] for a, b in logs])          # seeds images
+                error = compare.standard_error(differences.mean(axis=0))
                 seeds = ", ".join(f"{one:+.3f}" for one in differences.mean(axis=1))
                 print(f"| {part} | {len(pairs)} | {other} | {differences.mean():+.4f} ± {error:.4f} | {seeds} |")
 
@@ -191,9 +193,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.table:
         run_all(args.workers, f"--device cpu --dtype {args.dtype}")
+    earlier = map(json.loads, RESULT.read_text().splitlines())                     # of runs that lie elsewhere
+    rows = {row["commands"][0]: row for row in earlier}
     finished = [(run, row) for run in plan() if (row := collect(run))]
-    RESULT.write_text("".join(json.dumps(row) + "\n" for _, row in finished))
-    print_table([row for _, row in finished])
+    rows |= {row["commands"][0]: row for _, row in finished}
+    RESULT.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    print_table(rows.values())
     print_differences([run for run, _ in finished])
 
 
