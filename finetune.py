@@ -230,8 +230,8 @@ PROBE = dict(                        # the linear probe, section 4.4 and appendi
 )
 PROBES = {                                 # of recipes other than ImageNet's
     "digits": dict(PROBE, augment="none", epochs=60, warmup_epochs=5, batch=128, base_lr=20.0),
-    "fashion": dict(PROBE, augment="none", epochs=8, warmup_epochs=1, batch=1024),
-    "mnist": dict(PROBE, augment="none", epochs=8, warmup_epochs=1, batch=1024),
+    "fashion": dict(PROBE, augment="none", epochs=8, warmup_epochs=1, batch=1024, base_lr=5.0),
+    "mnist": dict(PROBE, augment="none", epochs=8, warmup_epochs=1, batch=1024, base_lr=5.0),
     "cifar10": dict(PROBE, augment="shift-flip", epochs=50, batch=1024),
     "cifar10-transfer": dict(PROBE, augment="flip", epochs=50, batch=1024),
 }
