@@ -39,7 +39,7 @@ NOT_TAKEN = {                              # flags of finetune.py that mean noth
 class LeNet(nn.Sequential):
     """(B, 1, 28, 28) in [0, 1] -> logits (B, classes). There is no normalisation layer.
 
-    Channels lie last in memory, which is 1.5 times as fast on CPUs.
+    Channels lie last in memory, which is faster on CPUs.
     """
 
     def __init__(self, classes=10):
