@@ -53,6 +53,7 @@ def test_every_command_of_the_plan_is_accepted_and_each_run_has_a_folder_of_its_
         objective = one.part.removesuffix(", three epochs")
         if objective in run.OBJECTIVES:
             assert (args.objective or "gaussian", args.epochs) == (objective, 3)
+            assert args.objective_warmup is None or args.objective_warmup <= 1            # attacks at full length
         assert args.consistency == (5.0 if objective in ("recipe", "consistency") else 0.0)
         certified = shlex.split(one.commands("--device cpu")[1])
         n = "10000" if one.part == "recipe" else "1000"
