@@ -169,6 +169,11 @@ def last_row(folder, stem, split=None):
     return [row for row in read_log(folder / f"{stem}.jsonl") if row.get("split") == split][-1]
 
 
+def of_pretraining(run, key):
+    """Its last "step" or "time"; 0 for a network without."""
+    return last_row(RUNS / run.init, "pretrain")[key] if run.init in PRETRAININGS else 0
+
+
 def collect(run):
     """The run as a row of runs.jsonl, or None where it is not finished."""
     if not run.log.exists():
@@ -177,9 +182,8 @@ def collect(run):
     settings = json.loads((run.out / f"{run.stem}.json").read_text())
     lenet = run.init == "lenet"                                                        # which has no test row
     held_out, test = (last_row(run.out, run.stem, None if lenet else split) for split in ("holdout", "test"))
-    before = last_row(RUNS / run.init, "pretrain")["time"] if run.init in PRETRAININGS else 0
     row = dict(part=run.part, init=run.init, sigma=run.sigma, seed=run.seed, epochs=settings["epochs"],
-               labels=settings["labels_per_class"] or "all", seconds_pretraining=round(before),
+               labels=settings["labels_per_class"] or "all", seconds_pretraining=round(of_pretraining(run, "time")),
                seconds=round(last_row(run.out, run.stem)["seconds" if lenet else "time"]), held_out=held_out["noisy"],
                noisy=None if lenet else test["noisy"], vote=test.get("vote"),
                seconds_certifying=round(sum(certify.seconds_of(row["time"]) for row in rows)),
@@ -236,15 +240,15 @@ def time_steps(shared):
     The median over an epoch's pieces of 20 steps; LeNet logs the epoch alone.
     """
     short = f"--epochs 1 --overwrite {shared}"
-    commands = {
-        "pretrain": f"python pretrain.py --recipe fashion --log-every 20 --out {RUNS}/time {short}",
-        "finetune": "python finetune.py --recipe fashion --sigma 0.5 --init scratch --layer-decay 1 --log-every 20 "
-                    f"--warmup-epochs 0 {GAUSSIAN} --out {RUNS}/time {short}",
-        "lenet": f"python {FOLDER}/lenet.py --data-path data --sigma 0.5 {GAUSSIAN} --out {RUNS}/time {short}",
-    }
-    execute(commands.values(), RUNS / "time", threading.Event())
+    stages = [                                         # its name, its log's, its command
+        ("pretrain", "pretrain", f"python pretrain.py --recipe fashion --log-every 20 --out {RUNS}/time {short}"),
+        ("finetune", "finetune_sigma_0.5", "python finetune.py --recipe fashion --sigma 0.5 --init scratch "
+         f"--layer-decay 1 --log-every 20 --warmup-epochs 0 {GAUSSIAN} --out {RUNS}/time {short}"),
+        ("lenet", "lenet", f"python {FOLDER}/lenet.py --data-path data --sigma 0.5 {GAUSSIAN} --out {RUNS}/time {short}"),
+    ]
+    execute([command for _, _, command in stages], RUNS / "time", threading.Event())
     seconds = {}
-    for stage, file in (("pretrain", "pretrain"), ("finetune", "finetune_sigma_0.5"), ("lenet", "lenet")):
+    for stage, file, _ in stages:
         rows = [row for row in read_log(RUNS / "time" / f"{file}.jsonl") if "loss" in row]
         places = [(0, 0)] + [(row["step"], row.get("time", row.get("seconds"))) for row in rows]
         each = [(later - now) / (end - begin) for (begin, now), (end, later) in itertools.pairwise(places)]
@@ -258,10 +262,10 @@ def draw(path):
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for run in plan():
         if (run.part, run.sigma, run.seed) in (("all labels", 0.5, 0), ("equal time", 0.5, 0)) and run.log.exists():
-            before = last_row(RUNS / run.init, "pretrain")["step"] if run.init in PRETRAININGS else 0
+            before = of_pretraining(run, "step") * seconds["pretrain"]
             rows = [row for row in read_log(run.out / f"{run.stem}.jsonl") if "noisy" in row and row.get("split") != "test"]
             step = seconds["lenet" if run.init == "lenet" else "finetune"]
-            minutes = [(before * seconds["pretrain"] + row["step"] * step) / 60 for row in rows]
+            minutes = [(before + row["step"] * step) / 60 for row in rows]
             axes.plot(minutes, [100 * row["noisy"] for row in rows], marker=".", label=f"{run.init}, {len(rows)} epochs")
     axes.set(xlabel="minutes of training, with pre-training", ylabel="% right under noise, held out", ylim=(70, None))
     axes.legend()
