@@ -55,6 +55,7 @@ OBJECTIVES = {                                     # with fewer copies and steps
     "smoothmix": "--copies 2 --attack-steps 2",
 }
 SHORT = "--epochs 3"                               # for all of OBJECTIVES
+SMOOTHADV = "--objective smoothadv --copies 1 --attack-steps 1"      # for a whole run; tuning.jsonl
 QUICK = "--n 1000 --skip 20"                       # no radius above 2.46 sigma
 FULL = "--n 10000 --skip 20"                       # 3.2 sigma
 ENVIRONMENT = dict(OMP_NUM_THREADS="1", MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="2147483647")  # results/speed.md
@@ -116,6 +117,9 @@ def plan():
         if seed == 0:
             runs += [Run(f"{objective}, three epochs", "dmae", flags=f"--objective {objective} {SHORT} {flags}".strip())
                      for objective, flags in OBJECTIVES.items()]
+    for sigma in SIGMAS:
+        runs += [Run("smoothadv", "dmae", sigma=sigma, flags=SMOOTHADV)]
+        runs += [Run("smoothadv", "lenet", sigma=sigma, flags=f"{SMOOTHADV} {LENET}")]
     runs += [Run("equal time", "scratch", seed, flags=SCRATCH_LONGER) for seed in SEEDS[1:]]
     return runs
 

@@ -43,7 +43,10 @@ def probe(init, lr):
 def trials():
     """(what differs from the recipe, Run): the Gaussian objective, three epochs, where nothing else is said."""
     planned = {(one.part, one.init, one.sigma, one.seed): one for one in run.plan()}
-    rows = [probe("mae", lr) for lr in (1, 5, 20, 80)]
+    rows = [(objective, planned[f"{objective}, three epochs", "dmae", 0.5, 0]) for objective in run.OBJECTIVES]
+    rows += [short(f"smoothadv, one copy, {steps} steps", f"--objective smoothadv --copies 1 --attack-steps {steps}")
+             for steps in (1, 2)]
+    rows += [probe("mae", lr) for lr in (1, 5, 20, 80)]
     rows += [("8 epochs", planned["all labels", "dmae", 0.5, 0])]
     rows += [("24 epochs", run.Run("24 epochs", "dmae", flags=f"{run.GAUSSIAN} --epochs 24"))]
     rows += [short(f"layer decay {decay}", f"--layer-decay {decay}") for decay in (0.6, 0.9, 1)]
@@ -51,7 +54,6 @@ def trials():
     rows += [(f"consistency {weight}", run.Run(f"consistency {weight}, three epochs", "dmae",
                                                flags=f"--consistency {weight} {run.SHORT}")) for weight in (2, 10)]
     rows += [short(f"{name}, 5 epochs of pre-training", "", init=name) for name in SHAPES]
-    rows += [(objective, planned[f"{objective}, three epochs", "dmae", 0.5, 0]) for objective in run.OBJECTIVES]
     return rows
 
 
