@@ -73,7 +73,7 @@ def test_small_trials_are_trained_judged_on_held_out_images_and_not_run_again(tu
     assert 0 < row["held_out"]["acr"] <= 0.5 * 2.4634 and 0 <= row["held_out"]["noisy"] <= 1
     config = torch.load(one.out / "finetune_sigma_0.5.pt", weights_only=True)["config"]
     assert config["patch_size"] == 14 != model.SIZES["vit_fashion"]["patch_size"]
-    assert f"| larger patches | {row['held_out']['noisy']:.1%} | " in capfd.readouterr().out
+    assert f"| larger patches | {100 * row['held_out']['noisy']:.1f} | " in capfd.readouterr().out
     written = tune.RESULT.read_text()
     monkeypatch.setattr(tune, "train", None)
     tune.main([])
