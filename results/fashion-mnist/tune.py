@@ -109,10 +109,10 @@ def run_trials(dtype):
 
 def print_table():
     print("| what | accuracy under noise, % | majority vote, % | ACR |\n|---|---|---|---|")
-    for row in run.read_log(RESULT):
-        if "what" in row:
-            found = row["held_out"]
-            print(f"| {row['what']} | {100 * found['noisy']:.1f} | {100 * found['vote']:.1f} | {found['acr']:.3f} |")
+    rows = {row.get("what"): row["held_out"] for row in run.read_log(RESULT)}
+    for what, _ in trials():
+        if found := rows.get(what):
+            print(f"| {what} | {100 * found['noisy']:.1f} | {100 * found['vote']:.1f} | {found['acr']:.3f} |")
 
 
 def main(argv=None):
