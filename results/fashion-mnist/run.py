@@ -113,7 +113,7 @@ def plan():
     runs += [Run("equal time", "scratch", 0, flags=SCRATCH_LONGER)]
     for seed in SEEDS:
         runs += [Run("10 labels a class", init, seed, flags=f"--labels-per-class 10 {FEW}") for init in INITS]
-        runs += [Run("linear probe", init, seed, flags="--linear-probe") for init in INITS[:2]]
+        runs += [Run("linear probe", init, seed, flags="--linear-probe") for init in INITS]
         if seed == 0:
             runs += [Run(f"{objective}, three epochs", "dmae", flags=f"--objective {objective} {SHORT} {flags}".strip())
                      for objective, flags in OBJECTIVES.items()]
