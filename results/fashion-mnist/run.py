@@ -97,7 +97,7 @@ class Run:
             file = f"{FOLDER}/lenet.py"
             return (f"python {file} {data}{common} --seed {self.seed} {self.flags}",
                     f"LENET={self.out}/lenet.pt {certified} --classifier {file}:classifier")
-        init = RUNS / self.init / "pretrain.pt" if self.init in PRETRAININGS else "scratch --layer-decay 1"
+        init = "scratch --layer-decay 1" if self.init == "scratch" else RUNS / self.init / "pretrain.pt"
         return (f"python finetune.py --recipe fashion {common} --init {init} --seed {self.seed} {self.flags}", certified)
 
 
@@ -110,17 +110,15 @@ def plan():
         runs += [Run("recipe", "lenet", sigma=sigma, flags=f"{CONSISTENCY} {LENET}", certify=FULL)]
     runs += [Run("all labels", "lenet", sigma=sigma, flags=f"{GAUSSIAN} {LENET}") for sigma in SIGMAS]
     runs += [Run("all labels", "dmae", sigma=sigma, flags=GAUSSIAN) for sigma in SIGMAS[1:]]
-    runs += [Run("equal time", "scratch", 0, flags=SCRATCH_LONGER)]
+    runs += [Run("equal time", "scratch", seed, flags=SCRATCH_LONGER) for seed in SEEDS]
+    runs += [Run(f"{objective}, three epochs", "dmae", flags=f"--objective {objective} {SHORT} {flags}".strip())
+             for objective, flags in OBJECTIVES.items()]
     for seed in SEEDS:
         runs += [Run("10 labels a class", init, seed, flags=f"--labels-per-class 10 {FEW}") for init in INITS]
         runs += [Run("linear probe", init, seed, flags="--linear-probe") for init in INITS]
-        if seed == 0:
-            runs += [Run(f"{objective}, three epochs", "dmae", flags=f"--objective {objective} {SHORT} {flags}".strip())
-                     for objective, flags in OBJECTIVES.items()]
     for sigma in SIGMAS:
         runs += [Run("smoothadv", "dmae", sigma=sigma, flags=SMOOTHADV)]
         runs += [Run("smoothadv", "lenet", sigma=sigma, flags=f"{SMOOTHADV} {LENET}")]
-    runs += [Run("equal time", "scratch", seed, flags=SCRATCH_LONGER) for seed in SEEDS[1:]]
     return runs
 
 

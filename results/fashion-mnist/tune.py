@@ -70,9 +70,7 @@ def train(one, shared):
     """[commands], all of them run."""
     commands = [one.commands(shared)[0]]
     if one.init in SHAPES:
-        folder = run.RUNS / one.init
-        commands = [f"python pretrain.py --recipe fashion --out {folder} {shared} {FIVE}",
-                    commands[0].replace("--init scratch --layer-decay 1", f"--init {folder}/pretrain.pt")]
+        commands.insert(0, f"python pretrain.py --recipe fashion --out {run.RUNS / one.init} {shared} {FIVE}")
         commands = [reshape(command, SHAPES[one.init]) for command in commands]
     run.execute(commands, one.out, threading.Event())
     return commands
@@ -80,15 +78,14 @@ def train(one, shared):
 
 def held_out_acr(one, dtype):
     """Average certified radius of every 12th of the held-out images."""
-    device = torch.device("cpu")
     args, checkpoints = certify.parse(f"--recipe fashion --sigma {one.sigma:g} --out {one.out} --device cpu "
                                       f"--dtype {dtype}".split())
-    classifier = certify.open_classifier(args, checkpoints, device)
-    images = certify.open_images(args.dataset, args.data_path, True, args.image_size, 1)
-    _, held_out = finetune.hold_out(images, 0.05)
+    classifier = certify.open_classifier(args, checkpoints, torch.device("cpu"))
+    images = certify.open_images(args.dataset, args.data_path, True, args.image_size, args.channels)
+    _, held_out = finetune.hold_out(images, checkpoints[0]["data"]["holdout"])
     radii = []
     for i in held_out[::EVERY].tolist():
-        x = images.read(i).to(device).float() / 255                                          # C H W
+        x = images.read(i) / images.levels                                                   # C H W
         prediction, radius = certify.certify(classifier, x, one.sigma, n=1000, index=i)
         radii.append(radius * (prediction == int(images.labels[i])))
     return sum(radii) / len(radii)
