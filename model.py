@@ -1,31 +1,31 @@
 """The networks of Denoising Masked Autoencoders (DMAE; Wu et al., ICLR 2023, arXiv 2210.06983).
 
-Pre-training corrupts an image x in [0, 1] twice, by Gaussian noise in pixel space and by dropping patches,
-and asks for the clean image back:
+Pre-training corrupts an image x in [0, 1] twice, by Gaussian noise in pixel space and by dropping
+patches, and asks for the clean image back:
 
     x  ->  x + sigma * N(0, I)  ->  resize, normalise  ->  patches  ->  encoder on the kept ones
        ->  decoder on all  ->  mean squared error against the clean patches, kept *and* dropped.
 
-Afterwards the decoder is thrown away, and the encoder becomes the classifier f of the smoothed classifier
-g(x) = argmax_c P[f(x + N(0, sigma^2 I)) = c]. Everything about pixels (resize, mean, std) lives inside the
-networks, so that sigma and certified radii are in the units of the data set's own images.
+Afterwards the decoder is thrown away, and the encoder becomes the classifier f of the smoothed
+classifier g(x) = argmax_c P[f(x + N(0, sigma^2 I)) = c]. Everything about pixels (resize, mean,
+std) lives inside the networks: sigma and radii are in units of the data set's own images.
 
     from model import build_dmae, build_vit, load_encoder
-    dmae = build_dmae("vit_base_patch16")                           # 111.9M parameters
+    dmae = build_dmae("vit_base_patch16")                      # 111.9M parameters
     loss, prediction, mask = dmae(images, sigma=0.25, mask_ratio=0.75)
-    vit = build_vit("vit_base_patch16", num_classes=1000)           # 86.6M parameters
-    load_encoder(vit, "pretrain.pt")                          # ours, the published DMAE's, MAE's, timm's, ...
+    vit = build_vit("vit_base_patch16", num_classes=1000)      # 86.6M parameters
+    load_encoder(vit, "pretrain.pt")                           # ours, the authors', MAE's, timm's
 
-Axes:  B images   C channels   H W pixels   N patches (h x w)   K kept patches   D width   P patch side
+Axes:  B images   C channels   H W pixels   N patches (h x w)   K kept patches   D width
+       P patch side
 
 What is wrong with an argument or a file is a ValueError of one sentence.
+Read down to "Named sizes": the rest is names, and reading and writing files.
 """
 
-import difflib
 import math
 import re
 import types
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -34,9 +34,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-NORMALISATION = {                                  # mean and standard deviation of training pixels in [0, 1]
+NORMALISATION = {                        # mean and standard deviation of training pixels in [0, 1]
     "digits": dict(mean=(0.3054,), std=(0.3755,)),
     "mnist": dict(mean=(0.1307,), std=(0.3081,)),
     "fashion-mnist": dict(mean=(0.2860,), std=(0.3530,)),
@@ -45,43 +44,43 @@ NORMALISATION = {                                  # mean and standard deviation
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Patches, positions, masks
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def patchify(images, patch_size):
-    """Cut images (B, C, H, W) into patches (B, N, P*P*C); the pixels of a patch run row, column, channel."""
+    """Images (B, C, H, W) -> patches (B, N, P*P*C); a patch's pixels run row, column, channel."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches, patch_size, grid):
-    """Put patches (B, N, P*P*C) of an h x w `grid` back together: images (B, C, H, W)."""
-    h, w = grid
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=patch_size, q=patch_size)
+    """Patches (B, N, P*P*C) of an h x w `grid` -> images (B, C, H, W)."""
+    sides = dict(h=grid[0], w=grid[1], p=patch_size, q=patch_size)
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **sides)
 
 
 def sincos_positions(dim, grid):
     """The fixed 2-D sin-cos table (1, 1 + N, D), its first row (the class token's) zero.
 
-    With omega_i = 10000^(-i / (D/4)), a patch in row y and column x gets [sin(x w), cos(x w), sin(y w),
-    cos(y w)], the order of the published checkpoints (He et al. 2022, arXiv 2111.06377, section 3; Vaswani
-    et al. 2017, section 3.5).
+    With omega_i = 10000^(-i / (D/4)), a patch in row y and column x gets [sin(x w), cos(x w),
+    sin(y w), cos(y w)], the order of the published checkpoints (He et al. 2022, arXiv 2111.06377,
+    section 3; Vaswani et al. 2017, section 3.5).
     """
     if dim % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
-    y, x = torch.meshgrid(rows, columns, indexing="ij")                              # h w each
-    x_angles = x.flatten()[:, None] * omega                                          # N D/4
-    y_angles = y.flatten()[:, None] * omega                                          # N D/4
+    y, x = torch.meshgrid(rows, columns, indexing="ij")                      # h w each
+    x_angles = x.flatten()[:, None] * omega                                  # N D/4
+    y_angles = y.flatten()[:, None] * omega                                  # N D/4
     table = torch.cat([x_angles.sin(), x_angles.cos(), y_angles.sin(), y_angles.cos()], dim=1)
-    table = F.pad(table, (0, 0, 1, 0))                                               # 1+N D
-    return table[None].to(torch.get_default_dtype())                                 # 1 1+N D
+    table = F.pad(table, (0, 0, 1, 0))                                       # 1+N D
+    return table[None].to(torch.get_default_dtype())                         # 1 1+N D
 
 
 def interpolate_positions(positions, grid):
-    """Resample a table (1, 1 + N', D) of a square grid to another `grid` (bicubic); the class row is kept."""
+    """Resample a table (1, 1 + N', D) of a square grid to another `grid`, bicubic; row 0 stays."""
     patches = positions.shape[1] - 1
     side = math.isqrt(patches)
     if side * side != patches:
@@ -92,15 +91,15 @@ def interpolate_positions(positions, grid):
 
 
 def random_masking(mask_noise, mask_ratio):
-    """Choose int(N (1 - mask_ratio)) patches per image, those with the smallest `mask_noise` (B, N).
+    """Keep int(N (1 - mask_ratio)) patches an image, those with the smallest `mask_noise` (B, N).
 
-    Returns keep (B, K), the kept patches' indices; restore (B, N), where each patch stands in "kept, then
-    dropped"; and mask (B, N), 1 = dropped, 0 = kept.
+    Returns keep (B, K), the kept patches' indices; restore (B, N), where each patch stands in
+    "kept, then dropped"; and mask (B, N), 1 = dropped, 0 = kept.
     """
     kept = int(mask_noise.shape[1] * (1 - mask_ratio))
-    shuffle = mask_noise.argsort(dim=1)                                              # B N, kept ones first
-    restore = shuffle.argsort(dim=1)                                                 # B N, its inverse
-    mask = (restore >= kept).to(mask_noise.dtype)                                    # B N, 1 = dropped
+    shuffle = mask_noise.argsort(dim=1)                                      # B N, kept ones first
+    restore = shuffle.argsort(dim=1)                                         # B N, its inverse
+    mask = (restore >= kept).to(mask_noise.dtype)                            # B N, 1 = dropped
     return shuffle[:, :kept], restore, mask
 
 
@@ -111,9 +110,9 @@ def standardise_patches(patches):
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Transformer
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -126,14 +125,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        qkv = self.qkv(x)                                                            # B N 3D
-        q, k, v = rearrange(qkv, "b n (three heads d) -> three b heads n d", three=3, heads=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)                                  # B heads N d
-        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))
+        qkv = self.qkv(x)                                                    # B N 3D
+        apart = "b n (three heads d) -> three b heads n d"
+        q, k, v = rearrange(qkv, apart, three=3, heads=self.heads)           # B heads N d
+        x = F.scaled_dot_product_attention(q, k, v)                          # B heads N d
+        return self.proj(rearrange(x, "b heads n d -> b n (heads d)"))       # B N D
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; in training each branch is dropped per image with chance `drop_path`."""
+    """Pre-norm transformer block; in training each branch is dropped with chance `drop_path`."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
@@ -149,7 +149,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def stochastic_depth(self, branch):
-        """Drop the branch of some images; scale the others', so that the mean stays (Huang et al. 2016)."""
+        """Drop the branch of some images, scale up the others' (Huang et al. 2016)."""
         if not self.training or self.drop_path == 0:
             return branch
         survive = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -161,14 +161,17 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What autoencoder and classifier share: from pixels in [0, 1] to tokens with positions, and the blocks.
+    """What autoencoder and classifier share: pixels in [0, 1] to tokens with positions; the blocks.
 
-    Images of another size than `image_size` are resized (bicubic) before normalisation: with CIFAR-10 at 224
-    the noise, and so sigma and the radius, belong to the 32 x 32 image (paper, section 4.3).
+    Images of another size than `image_size` are resized (bicubic) before normalisation: with
+    CIFAR-10 at 224 the noise, and so sigma and the radius, belong to the 32 x 32 image (paper,
+    section 4.3).
     """
 
-    def __init__(self, image_size, patch_size, channels, dim, depth, heads, mean, std, mlp_ratio=4.0,
-                 drop_path=0.0):
+    def __init__(
+        self, image_size, patch_size, channels, dim, depth, heads, mean, std,
+        mlp_ratio=4.0, drop_path=0.0,
+    ):
         super().__init__()
         self.image_size = image_size
         self.patch_size = patch_size
@@ -178,17 +181,18 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(channels, 1, 1), persistent=False)
 
-        # A linear map of each patch. It is a convolution for the published name and shape of its weight.
+        # A linear map of each patch: a convolution for the published name and shape of its weight.
         projection = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]            # deeper blocks drop more
+
+        # Deeper blocks drop more.
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
-        self.recompute_activations = False                                           # trades time for memory
 
     def initialise(self):
-        """Xavier for every linear map (the patch embedding is one), zero biases, N(0, 0.02^2) for tokens."""
+        """Xavier for linear maps (the patch embedding, too), zero biases, N(0, 0.02^2) tokens."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -199,42 +203,34 @@ class Encoder(nn.Module):
 
     def prepare(self, images):
         """Resize (if need be) and normalise: (B, C, any, any) in [0, 1] -> (B, C, H, W)."""
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, size=self.image_size, mode="bicubic", align_corners=False)
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
         return (images - self.mean) / self.std
 
     def embed(self, images):
         """Images -> patch tokens with positions (B, N, D)."""
-        tokens = self.patch_embed(self.prepare(images))                              # B D h w
-        return rearrange(tokens, "b d h w -> b (h w) d") + self.pos_embed[:, 1:]     # B N D
+        tokens = self.patch_embed(self.prepare(images))                      # B D h w
+        return rearrange(tokens, "b d h w -> b (h w) d") + self.pos_embed[:, 1:]
 
     def with_cls(self, tokens):
         """Prepend the class token: (B, n, D) -> (B, 1 + n, D)."""
         cls = repeat(self.cls_token + self.pos_embed[:, :1], "1 1 d -> b 1 d", b=len(tokens))
         return torch.cat([cls, tokens], dim=1)
 
-    def run(self, blocks, x):
-        """Tokens through `blocks`; with recompute_activations only their inputs are kept for the gradient."""
-        for block in blocks:
-            if self.recompute_activations and self.training:
-                x = recompute(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
-
 
 class VisionTransformer(Encoder):
-    """The base classifier f: images (B, C, H, W) in [0, 1] -> logits (B, num_classes), from all tokens.
+    """The base classifier f: images (B, C, H, W) in [0, 1] -> logits (B, num_classes).
 
-    pool = "mean": mean of the patch tokens -> `fc_norm` -> head. pool = "cls": all tokens -> `norm` -> class
-    token -> head. probe = True puts a BatchNorm without parameters before the linear head (the linear probe
-    of paper section 4.4).
+    pool = "mean": mean of the patch tokens -> `fc_norm` -> head. pool = "cls": all tokens -> `norm`
+    -> class token -> head. probe = True puts a BatchNorm without parameters before the linear head
+    (the linear probe of paper section 4.4).
     """
 
     def __init__(self, *, dim, num_classes, pool="mean", probe=False, **encoder):
         super().__init__(dim=dim, **encoder)
         self.pool = pool
-        self.pos_embed.requires_grad = True                                          # trained in fine-tuning
+        self.pos_embed.requires_grad = True                                  # trained, too
         if pool == "mean":
             self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
         else:
@@ -249,32 +245,38 @@ class VisionTransformer(Encoder):
 
     def features(self, images):
         """What the head sees: (B, C, H, W) -> (B, D)."""
-        x = self.with_cls(self.embed(images))                                        # B 1+N D
-        x = self.run(self.blocks, x)                                                 # B 1+N D
+        x = self.with_cls(self.embed(images))                                # B 1+N D
+        for block in self.blocks:
+            x = block(x)                                                     # B 1+N D
         if self.pool == "mean":
-            return self.fc_norm(x[:, 1:].mean(dim=1))                                # B D
-        return self.norm(x[:, 0])                                                    # B D
+            return self.fc_norm(x[:, 1:].mean(dim=1))                        # B D
+        return self.norm(x[:, 0])                                            # B D
 
     def forward(self, images):
-        return self.head(self.features(images))                                      # B classes
+        return self.head(self.features(images))                              # B classes
 
 
 class DenoisingMaskedAutoencoder(Encoder):
-    """DMAE (paper, section 3.2): reconstruct the clean image from a noisy one, most patches dropped.
+    """DMAE (paper, section 3.2): the clean image from a noisy one, most patches dropped.
 
-    loss_on = "all" is the paper's loss; "dropped", with sigma = 0, is the plain masked autoencoder (MAE).
+    loss_on = "all" is the paper's loss; "dropped", with sigma = 0, is the plain masked autoencoder
+    (MAE).
     """
 
-    def __init__(self, *, dim, decoder_dim, decoder_depth, decoder_heads, channels, patch_size, mlp_ratio=4.0,
-                 norm_pix=True, loss_on="all", **encoder):
-        super().__init__(dim=dim, channels=channels, patch_size=patch_size, mlp_ratio=mlp_ratio, **encoder)
+    def __init__(
+        self, *, dim, channels, patch_size, decoder_dim, decoder_depth, decoder_heads,
+        mlp_ratio=4.0, norm_pix=True, loss_on="all", **encoder,
+    ):
+        shared = dict(channels=channels, patch_size=patch_size, mlp_ratio=mlp_ratio)
+        super().__init__(dim=dim, **shared, **encoder)
         self.norm_pix = norm_pix
         self.loss_on = loss_on
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
+        positions = sincos_positions(decoder_dim, self.grid)
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, self.grid), requires_grad=False)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_dim, decoder_heads, mlp_ratio) for _ in range(decoder_depth)
         )
@@ -283,24 +285,27 @@ class DenoisingMaskedAutoencoder(Encoder):
         self.initialise()
 
     def encode(self, noisy, mask_ratio, mask_noise):
-        """Noisy images -> latent (B, 1 + K, D) of kept patches, restore (B, N), mask (B, N), 1 = dropped."""
-        x = self.embed(noisy)                                                        # B N D
-        keep, restore, mask = random_masking(mask_noise, mask_ratio)                 # B K, B N, B N
-        x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))                 # B K D
-        x = self.run(self.blocks, self.with_cls(x))                                  # B 1+K D
+        """Noisy images -> latent (B, 1 + K, D) of kept patches, restore (B, N), mask (B, N)."""
+        x = self.embed(noisy)                                                # B N D
+        keep, restore, mask = random_masking(mask_noise, mask_ratio)         # B K, B N, B N
+        x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))         # B K D
+        x = self.with_cls(x)                                                 # B 1+K D
+        for block in self.blocks:
+            x = block(x)                                                     # B 1+K D
         return self.norm(x), restore, mask
 
     def decode(self, latent, restore):
         """Latent (B, 1 + K, D) -> predicted patches (B, N, P*P*C), all of them."""
-        x = self.decoder_embed(latent)                                               # B 1+K D'
+        x = self.decoder_embed(latent)                                       # B 1+K D'
         cls, kept = x[:, :1], x[:, 1:]
         dropped = restore.shape[1] - kept.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), dropped, -1)        # B N-K D'
-        tokens = torch.cat([kept, mask_tokens], dim=1)                               # B N D', kept ones first
-        tokens = tokens.gather(1, repeat(restore, "b n -> b n d", d=x.shape[-1]))    # B N D', in image order
-        x = torch.cat([cls, tokens], dim=1) + self.decoder_pos_embed                 # B 1+N D'
-        x = self.decoder_norm(self.run(self.decoder_blocks, x))                      # B 1+N D'
-        return self.decoder_pred(x)[:, 1:]                                           # B N P*P*C
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), dropped, -1)         # B N-K D'
+        x = torch.cat([kept, mask_tokens], dim=1)                            # B N D', kept first
+        x = x.gather(1, repeat(restore, "b n -> b n d", d=x.shape[-1]))      # B N D', in order
+        x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed              # B 1+N D'
+        for block in self.decoder_blocks:
+            x = block(x)                                                     # B 1+N D'
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]                # B N P*P*C
 
     def target(self, images):
         """The patches to predict (B, N, P*P*C), from *clean* images."""
@@ -308,18 +313,17 @@ class DenoisingMaskedAutoencoder(Encoder):
         return standardise_patches(patches) if self.norm_pix else patches
 
     def loss(self, target, prediction, mask):
-        """Mean squared error over a patch's pixels, then over all patches (DMAE) or dropped ones (MAE)."""
-        error = (prediction - target).square().mean(dim=-1)                          # B N
+        """Mean squared error over a patch's pixels, then over all patches, or the dropped (MAE)."""
+        error = (prediction - target).square().mean(dim=-1)                  # B N
         if self.loss_on == "all":
             return error.mean()
         return (error * mask).sum() / mask.sum()
 
     def forward(self, images, sigma, mask_ratio, noise=None, mask_noise=None):
-        """Clean images (B, C, H, W) in [0, 1] -> loss, prediction (B, N, P*P*C), mask (B, N) with 1 =
-        dropped.
+        """Clean images (B, C, H, W) in [0, 1] -> loss, prediction (B, N, P*P*C), mask (B, N).
 
-        noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) are drawn here, in this order, unless
-        given.
+        noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) are drawn here, in this order,
+        unless given. In the mask 1 = dropped.
         """
         if noise is None:
             noise = torch.randn_like(images)
@@ -331,11 +335,11 @@ class DenoisingMaskedAutoencoder(Encoder):
         return self.loss(self.target(images), prediction, mask), prediction, mask
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Named sizes
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-DECODER = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16)                  # of the published models
+DECODER = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16)          # as published
 SIZES = {
     "vit_digits": dict(
         image_size=8, patch_size=2, channels=1, dim=64, depth=3, heads=2, mlp_ratio=2.0,
@@ -370,64 +374,60 @@ SIZES = {
 
 
 def build_dmae(name, **overrides):
-    """A DenoisingMaskedAutoencoder of a named size; `overrides` replace arguments, .config rebuilds it."""
+    """A DenoisingMaskedAutoencoder of a named size, arguments replaced; .config rebuilds it."""
     return _build(DenoisingMaskedAutoencoder, _size(name) | overrides)
 
 
 def build_vit(name, num_classes, **overrides):
-    """A VisionTransformer of a named size; `overrides` replace arguments, .config rebuilds it."""
-    encoder = {key: value for key, value in _size(name).items() if not key.startswith("decoder_")}
+    """A VisionTransformer of a named size, arguments replaced; .config rebuilds it."""
+    size = _size(name).items()
+    encoder = {key: value for key, value in size if not key.startswith("decoder_")}
     return _build(VisionTransformer, encoder | {"num_classes": num_classes} | overrides)
 
 
 def _size(name):
     if name not in SIZES:
-        close = difflib.get_close_matches(str(name), SIZES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(SIZES)}"
-        raise ValueError(f"unknown model {name!r}: {hint}")
+        raise ValueError(f"unknown model {name!r}: there are {', '.join(SIZES)}")
     return SIZES[name]
 
 
 def _build(network, config):
     config = NORMALISATION["imagenet" if config["channels"] == 3 else "digits"] | config
-    image_size, patch_size = config["image_size"], config["patch_size"]
-    if image_size < 1 or patch_size < 1 or image_size % patch_size:
-        raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
-    for key in ("mean", "std"):
-        if len(config[key]) != config["channels"]:
-            raise ValueError(f"{key} has {len(config[key])} values for {config['channels']} channels")
+    size, patch, channels = (config[key] for key in ("image_size", "patch_size", "channels"))
+    if size < patch or size % patch:
+        raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
+    if {len(config["mean"]), len(config["std"])} != {channels}:
+        raise ValueError(f"mean and std must have a value for each of {channels} channels")
     model = network(**config)
     model.config = config
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How they are trained: which parameters decay, and the learning rate. Pure functions.
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def decays(name, parameter):
-    """Weight decay acts on matrices, not on biases and norms (1-D), learned tokens and positions."""
+    """Weight decay is for matrices, not for biases and norms (1-D), learned tokens, positions."""
     return parameter.ndim > 1 and not name.endswith(("token", "pos_embed"))
 
 
 def learning_rate(step, steps, warmup, peak, minimum=0.0):
-    """Linear warm-up from 0 to `peak` in `warmup` steps, then half a cosine to `minimum` at `steps`."""
+    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to `minimum` at `steps`."""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights in and out
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
+ENTRIES = ("model", "state_dict", "model_ema")                 # the models' own entries come first
 
-ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema", "module")    # where files keep their weights
-
-# Hugging Face's names (ViTMAE, ViT; transformers 4 and 5) -> ours. Applied one after the other.
-HUGGING_FACE = (
+HUGGING_FACE = (        # ViTMAE's and ViT's names -> ours, one after the other
     (r"^vit\.", ""),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -439,9 +439,7 @@ HUGGING_FACE = (
     (r"^classifier\.", "head."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
-    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
-    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
@@ -451,28 +449,23 @@ HUGGING_FACE = (
 def read_checkpoint(path, kind=None):
     """The dict {"model": state dict, ...} of a file, on the CPU; never code that would run.
 
-    Weights may lie in one of ENTRIES or bare, in a .safetensors file, under a prefix that a wrapper put
-    before all names, or under Hugging Face's names: "model" has ours. kind: "pretrain" or "finetune", to
-    accept a checkpoint of that stage of ours only.
+    Weights may lie in an entry of the file or bare, in a .safetensors file, under a prefix that a
+    wrapper put before all names, or under Hugging Face's names: "model" has ours. kind: "pretrain"
+    or "finetune", to accept a checkpoint of that stage of ours only.
     """
     content = read_file(path)
-    entries = [entry for entry in ENTRIES if is_state_dict(content.get(entry))]
+    known = [*ENTRIES, *content.keys()]
+    entries = sorted((key for key in content if is_state_dict(content[key])), key=known.index)
     state = content[entries[0]] if entries else content
-    if len(entries) > 1:
-        warnings.warn(f"{path} holds {' and '.join(entries)}: {entries[0]} is taken", stacklevel=2)
+    found = ", ".join(list(map(str, state))[:4]) or "nothing"
     if not is_state_dict(state):
-        raise ValueError(f"{path} holds no weights: it has {names_of(content)}; expected are "
-                         f"{', '.join(ENTRIES[:3])} or the parameters themselves")
-    found = names_of(state)
-    state = without_prefix(state)
-    if any("patch_embeddings.projection" in name for name in state):
-        state = from_hugging_face(state)
+        raise ValueError(f"{path} holds no weights (bare, or as model, ...), but {found}")
+    state = our_names(state)
     if "patch_embed.proj.weight" not in state:
-        raise ValueError(f"{path} holds no vision transformer that we know: its parameters are {found}; "
-                         "expected are cls_token, patch_embed.proj.weight, blocks.0.norm1.weight, ...")
-    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
-        state[name] = with_class_row(state[name])
-    if kind and not (content.get("kind") == kind and {"config", "data", "settings"} <= content.keys()):
+        raise ValueError(f"{path} holds no vision transformer (cls_token, patch_embed.proj.weight, "
+                         f"blocks.0.norm1.weight, ...), but {found}")
+    ours = {"config", "data", "settings"} <= content.keys()
+    if kind and not (ours and content.get("kind") == kind):
         raise ValueError(f"{path} is not a checkpoint of {kind}.py")
     rest = content if entries else {}
     return rest | {"model": state}
@@ -489,10 +482,9 @@ def read_file(path):
             return load_file(path)
         with torch.serialization.safe_globals(namespace):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                     # a damaged file can raise anything at all
-        unread = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
-        reason = f", it holds a {unread[1]}: save the state dict alone" if unread else ""
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}{reason})") from None
+    except Exception as error:                               # a damaged file can raise anything
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__}); of a "
+                         "model that was pickled whole, save the state dict alone") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no weights, but a {type(content).__name__}")
     return content
@@ -505,49 +497,34 @@ def is_state_dict(state):
     return all(isinstance(value, torch.Tensor) for value in state.values())
 
 
-def names_of(content):
-    """The first few keys of a dict, for a message."""
-    names = [str(key) for key in content]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "nothing"
-
-
-def without_prefix(state):
-    """The state dict without what wrappers put before all of its names (module., _orig_mod., model., ...)."""
-    state = {name: value for name, value in state.items() if name != "n_averaged"}  # AveragedModel's counter
-    while True:
-        prefixes = {name.partition(".")[0] for name in state}
-        if len(prefixes) != 1 or not all("." in name for name in state):
-            return state
+def our_names(state):
+    """A state dict under our names: without wrappers' prefixes, Hugging Face's names translated."""
+    state = {name: value for name, value in state.items() if name != "n_averaged"}
+    while len({name.partition(".")[0] for name in state}) == 1 and all("." in n for n in state):
         state = {name.partition(".")[2]: value for name, value in state.items()}
 
-
-def from_hugging_face(state):
-    """A state dict with Hugging Face's names, and query, key and value apart, under our names."""
-    renamed = {}
-    for name, value in state.items():
+    if any("patch_embeddings.projection" in name for name in state):
         for theirs, ours in HUGGING_FACE:
-            name = re.sub(theirs, ours, name)
-        renamed[name] = value
-    renamed = {name: value for name, value in renamed.items() if not name.startswith("pooler.")}
-    for name in [name for name in renamed if ".attn.q." in name]:
-        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
-        if all(part is not None for part in parts):
-            renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    return renamed
+            state = {re.sub(theirs, ours, name): value for name, value in state.items()}
+        for query in [name for name in state if ".attn.q." in name]:
+            parts = [state.pop(query.replace(".q.", f".{part}."), None) for part in "qkv"]
+            if all(part is not None for part in parts):
+                state[query.replace(".q.", ".qkv.")] = torch.cat(parts)
+        state = {name: value for name, value in state.items() if not name.startswith("pooler.")}
 
-
-def with_class_row(positions):
-    """A table (1, N, D) of a square grid alone gets the class token's row, of zeros: (1, 1 + N, D)."""
-    if positions.ndim == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
-        return F.pad(positions, (0, 0, 1, 0))
-    return positions
+    # A table of a square grid alone gets the class token's row, of zeros: (1, 1 + N, D).
+    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
+        table = state[name]
+        if table.ndim == 3 and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
+            state[name] = F.pad(table, (0, 0, 1, 0))
+    return state
 
 
 def load_weights(model, state, origin, may_miss=(), may_leave=()):
-    """Copy `state` into `model`, or raise a ValueError that names what does not fit of the file `origin`.
+    """Copy `state` into `model`, or raise a ValueError that names what does not fit in `origin`.
 
-    Keys may be missing from `state`, or be left over in it, if they start with one of the given prefixes.
-    Returns the lists of both.
+    Keys may be missing from `state`, or be left over in it, if they start with one of the given
+    prefixes. Returns the lists of both.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -569,18 +546,25 @@ def load_weights(model, state, origin, may_miss=(), may_leave=()):
     return missing, left_over
 
 
+def fit_positions(state, model):
+    """The state dict with its tables of positions interpolated to the model's grid."""
+    state = dict(state)
+    for name in {"pos_embed", "decoder_pos_embed"} & state.keys() & model.state_dict().keys():
+        table = state[name]
+        if table.ndim == 3 and table.shape[1] != getattr(model, name).shape[1]:
+            state[name] = interpolate_positions(table.float(), model.grid)
+    return state
+
+
 def load_encoder(vit, path):
     """Start a classifier from pre-trained weights: ours, the published DMAE's, MAE's, or timm's.
 
-    Positions are interpolated when the grid differs. A decoder, a head for other classes and a final norm of
-    the other pooling are left over; the new head (and `fc_norm` after pre-training) start fresh. Returns
-    (missing, left over), the two lists of keys; anything else that does not fit raises ValueError.
+    A decoder, a head for other classes and a final norm of the other pooling are left over; the new
+    head (and `fc_norm` after pre-training) start fresh. Returns (missing, left over), the two lists
+    of keys; anything else that does not fit raises ValueError.
     """
-    state = dict(read_checkpoint(path)["model"])
+    state = fit_positions(read_checkpoint(path)["model"], vit)
     own = vit.state_dict()
-    positions = state.get("pos_embed")
-    if positions is not None and positions.ndim == 3 and positions.shape[1] != own["pos_embed"].shape[1]:
-        state["pos_embed"] = interpolate_positions(positions.float(), vit.grid)
     for key in ("head.weight", "head.bias"):
         if key in state and key in own and state[key].shape != own[key].shape:
             state[f"{key}.of_other_classes"] = state.pop(key)
@@ -589,17 +573,11 @@ def load_encoder(vit, path):
 
 
 def load_autoencoder(dmae, path):
-    """Start pre-training from weights: of an autoencoder, or of an encoder alone, whose decoder then starts
-    fresh.
+    """Start pre-training from an autoencoder, or from an encoder, whose decoder then starts fresh.
 
-    Positions are interpolated when the grid differs; a head is left over. Returns (missing, left over), the
-    two lists of keys; anything else that does not fit raises ValueError.
+    A head is left over. Returns and raises as load_encoder().
     """
-    state = dict(read_checkpoint(path)["model"])
-    own = dmae.state_dict()
-    for name in {"pos_embed", "decoder_pos_embed"} & state.keys():
-        if state[name].ndim == 3 and state[name].shape[1] != own[name].shape[1]:
-            state[name] = interpolate_positions(state[name].float(), dmae.grid)
+    state = fit_positions(read_checkpoint(path)["model"], dmae)
     decoder = ("decoder_", "mask_token")
     whole = any(name.startswith(decoder) for name in state)
-    return load_weights(dmae, state, path, may_miss=() if whole else decoder, may_leave=("head.",))
+    return load_weights(dmae, state, path, () if whole else decoder, may_leave=("head.",))
