@@ -1,0 +1,131 @@
+"""Sequential certification: look again and again, stop when the table's radii are settled.
+
+    python certify.py --sigma 0.25 --procedure extras/sequential.py:sequential --out runs/sequential
+
+An image stops at a look when the largest of --radii is certified, or when the next one up is
+
+  * futile: there is an evidence of 100 against so large a radius (this costs no alpha: the bounds
+    hold wherever one stops);
+  * out of reach: not even successes in all draws to come would certify it (curtailment).
+
+Half of alpha is spent on anytime bounds, which hold at all looks at once, so that the best of them
+does; the other half on Clopper-Pearson bounds at n, for the images that get there. So all bounds
+hold with probability 1 - alpha, and images next to a radius of the table are not judged by the
+looser one. --bound says whose radius is meant, that of the one-sided or the two-sided pair (p_a,
+p_b); both are kept. (Sequential certification: Horvath et al. 2022, Chen et al. 2022, Voracek 2024;
+mixture martingales: Robbins 1970, Howard et al. 2021.)
+"""
+
+import math
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import betaincc, betaln
+from scipy.stats import norm
+
+from certify import CHUNK, generator_for, lower_confidence_bound, rivals_of, two_sided_bounds
+
+FIRST, GROWTH = 1000, 1.1                                      # the looks: each a tenth later
+FUTILITY = 100.0
+
+
+def log_e_value(k, n, p):
+    """Log of the evidence against P[success] <= p after k successes in n trials, at any time.
+
+    E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2)
+    density restricted to (p, 1]. For each q > p the likelihood ratio is multiplied, at the next
+    trial, by q/p or (1-q)/(1-p); if P[success] = s <= p its mean is s q/p + (1-s)(1-q)/(1-p) <= 1,
+    with equality at s = p. So the ratio, and its average E, is a non-negative supermartingale that
+    starts at 1, and by Ville's inequality P[E ever reaches 1/alpha] <= alpha.
+    """
+    a, b = 0.5 + k, 0.5 + n - k
+    with np.errstate(divide="ignore"):
+        posterior = betaln(a, b) + np.log(betaincc(a, b, p))
+        prior = betaln(0.5, 0.5) + np.log(betaincc(0.5, 0.5, p))
+        return posterior - prior - k * np.log(p) - (n - k) * np.log1p(-p)
+
+
+def anytime_lower_bound(k, n, alpha):
+    """Where log_e_value crosses log(1/alpha): P[p <= P(success), at all looks] >= 1 - alpha."""
+    if k == 0:
+        return 0.0                                                           # no evidence
+
+    def excess_of(p):                                                        # falls below k / n
+        return log_e_value(k, n, p) + math.log(alpha)
+
+    high = min(k / n, math.nextafter(1, 0))
+    low = high / 2
+    while excess_of(low) < 0:
+        low, high = low / 2, low
+    root = float(brentq(excess_of, low, high, xtol=1e-300, rtol=1e-13))
+    return root * (1 - 1e-12)                                                # on the safe side
+
+
+def radius_of(p_a, p_b, sigma):
+    """As certified_radius, but negative where p_a < p_b."""
+    return sigma / 2 * (norm.ppf(p_a) - norm.ppf(p_b))
+
+
+def bounds_after(counts, top, n, most, alpha, before):
+    """Both pairs (p_a, p_b) after n of `most` draws, not worse than `before`."""
+    runner_up, rivals = rivals_of(counts, top, n)
+    k, half = int(counts[top]), alpha / 2
+    one = max(before["one-sided"][0], anytime_lower_bound(k, n, half))
+    two = max(before["two-sided"][0], anytime_lower_bound(k, n, half / 2))
+    rival = before["two-sided"][1]
+    if rivals:
+        rival = min(rival, 1 - anytime_lower_bound(n - runner_up, n, half / 2))
+    if n >= most:
+        p_a, p_b = two_sided_bounds(counts, top, n, half)
+        one = max(one, lower_confidence_bound(k, n, half))
+        two, rival = max(two, p_a), min(rival, p_b)
+    return {"one-sided": (one, 1 - one), "two-sided": (two, min(rival, 1 - two))}
+
+
+def largest_radius(counts, top, n, most, alpha, sigma, bound, before):
+    """The radius that would be certified if every draw from here to `most` were a success."""
+    p_a, p_b = before[bound]
+    counts = [int(count) + (most - n) * (c == top) for c, count in enumerate(counts)]
+    if bound == "one-sided":
+        p_a = max(p_a, lower_confidence_bound(counts[top], most, alpha / 2))
+        return radius_of(p_a, 1 - p_a, sigma)
+    last_a, last_b = two_sided_bounds(counts, top, most, alpha / 2)
+    p_a = max(p_a, last_a)
+    return radius_of(p_a, min(p_b, last_b, 1 - p_a), sigma)
+
+
+def possible_radius(counts, top, n, sigma, bound):
+    """The largest radius that probabilities may have, at an evidence of FUTILITY against more."""
+    runner_up, _ = rivals_of(counts, top, n)
+    missing = n - sum(int(count) for count in counts)
+    p_a = 1 - anytime_lower_bound(n - int(counts[top]) - missing, n, 1 / FUTILITY)
+    p_b = 1 - p_a
+    if bound == "two-sided":
+        p_b = anytime_lower_bound(runner_up - missing, n, 1 / FUTILITY)
+    return radius_of(p_a, p_b, sigma)
+
+
+def sequential(index, x, sigma, n0, n, alpha, seed, radii, bound):
+    """CERTIFY with at most n draws; as certify.fixed_n()."""
+    selection = yield index, x, generator_for(seed, index, 0, x.device), n0
+    top = int(selection.numpy().argmax())
+
+    generator = generator_for(seed, index, 1, x.device)
+    counts, drawn = 0, 0
+    bounds = {"one-sided": (0.0, 1.0), "two-sided": (0.0, 1.0)}
+    while True:
+        look = max(FIRST, math.ceil(drawn * GROWTH))
+        look = min(n, math.ceil(look / CHUNK) * CHUNK)
+        counts = counts + (yield index, x, generator, look - drawn)
+        drawn = look
+        bounds = bounds_after(counts, top, drawn, n, alpha, bounds)
+
+        certified = radius_of(*bounds[bound], sigma)
+        above = [r for r in sorted({0.0, *radii}) if r > certified]
+        if drawn >= n or not above:
+            break
+        if largest_radius(counts, top, drawn, n, alpha, sigma, bound, bounds) < above[0]:
+            break                                                            # out of reach
+        if possible_radius(counts, top, drawn, sigma, bound) <= above[0]:
+            break                                                            # futile
+    return top, counts, drawn, bounds
