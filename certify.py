@@ -66,7 +66,7 @@ FLAGS = {                               # name: (value in the recipe digits, wha
                "mnist", "cifar10", "cifar10-transfer", "imagenet-base", "imagenet-large",
                "imagenet-huge", "other"),
     "sigma": (0.25, "standard deviation of the noise, pixels in [0, 1]; needed"),
-    "procedure": ("", "FILE.py:NAME, how many copies are drawn; '': n, as in Cohen's CERTIFY"),
+    "procedure": ("fixed_n", "how many copies are drawn: n (Cohen's CERTIFY), or FILE.py:NAME"),
     "dataset": ("digits", "whose test images",
                 "digits", "mnist", "fashion-mnist", "cifar10", "folder"),
     "size": (224, "side of a folder's pictures, pixels; a checkpoint has its own"),
@@ -117,7 +117,13 @@ def parse(argv):
     table = FLAGS | RUN_FLAGS | REPORT_FLAGS
     given = read_flags(__doc__, table, argv)
     values = {name: value for name, (value, *_) in table.items()}
+    only = given.keys() & REPORT_FLAGS.keys()
+    if only and "report" not in given:
+        refuse(f"--{min(only)} needs --report")
     if "report" in given:
+        odd = given.keys() - {*REPORT_FLAGS, "recipe", "radii", "bound"}
+        if odd:
+            refuse(f"--{min(odd)} means nothing to --report")
         radii = RECIPES[given.get("recipe", "digits")].get("radii", values["radii"])
         values |= {"bound": "", "label": (), "radii": radii}
         return argparse.Namespace(**values | given), None
@@ -175,6 +181,7 @@ def lower_confidence_bound(k, n, alpha):
 
     The alpha quantile of Beta(k, n - k + 1); 0 when k = 0, alpha^(1/n) when k = n. (Clopper &
     Pearson 1934; Cohen 2019, section 3.2.2, LowerConfBound.)
+    (notebook 02, (2.3))
     """
     if k == 0:
         return 0.0
@@ -185,6 +192,7 @@ def upper_confidence_bound(k, n, alpha):
     """p with P[P(success) <= p] >= 1 - alpha, after k successes in n independent trials.
 
     The 1 - alpha quantile of Beta(k + 1, n - k); 1 when k = n, 1 - alpha^(1/n) when k = 0.
+    (notebook 02, (2.16))
     """
     if k == n:
         return 1.0
@@ -195,7 +203,7 @@ def rivals_of(counts, top, n):
     """(the largest count of another class than `top`, the number of other classes).
 
     A copy of the n that is missing from `counts` (classes,) could be anybody's: it counts for every
-    rival.
+    rival. (notebook 02, (2.17))
     """
     others = [int(count) for c, count in enumerate(counts) if c != top]
     missing = n - sum(others) - int(counts[top])
@@ -211,6 +219,7 @@ def two_sided_bounds(counts, top, n, alpha):
     P[f = c*]. No union over the rivals is needed. And p_b <= 1 - p_a in any case. (Cohen 2019,
     theorem 1, takes such a pair. Simultaneous bounds with a union over classes: Jia et al. 2020,
     arXiv 1912.09899.)
+    (notebook 02, (2.17))
     """
     runner_up, rivals = rivals_of(counts, top, n)
     p_a = lower_confidence_bound(int(counts[top]), n, alpha / 2)
@@ -224,7 +233,7 @@ def certified_radius(p_a, sigma, p_b=None):
     """sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), or sigma Phi^-1(p_a) with p_b = 1 - p_a (theorem 1).
 
     p_a: lower bound of the top class's probability; p_b: upper bound of any other's. The radius is
-    in pixels' units.
+    in pixels' units. (notebook 01, (1.6), (1.7))
     """
     if p_b is None:
         p_b = 1 - p_a
@@ -246,7 +255,7 @@ def fixed_n(index, x, sigma, n0, n, alpha, seed, radii, bound):
 
     It yields (index, x, generator, copies) and is sent int64 counts (classes,) of that many noisy
     copies. In the end it returns (top, counts, n, {bound: (p_a, p_b)}); each pair holds with
-    probability 1 - alpha by itself.
+    probability 1 - alpha by itself. (notebook 02, (2.5))
     """
     # n0 copies choose the class; of equals the first.
     selection = yield index, x, generator_for(seed, index, 0, x.device), n0
@@ -280,7 +289,7 @@ def certify(
     With probability at least 1 - alpha over the noise, g answers `prediction` wherever |d|_2 <
     radius. The noise's stream is that of (seed, index): GIVE EVERY IMAGE AN INDEX OF ITS OWN, or
     all share one noise and their certificates fail together. bound: "one-sided" (p_b = 1 - p_a, as
-    published) or "two-sided" (p_b from the rivals' counts).
+    published) or "two-sided" (p_b from the rivals' counts). (notebook 02, (2.5))
     """
     if bound not in BOUNDS:
         raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, not {bound!r}")
@@ -293,14 +302,14 @@ def certify(
 def predict(
     classifier, x, sigma, n=100_000, alpha=0.001, seed=0, index=0, batch=CHUNK, any_range=False
 ):
-    """PREDICT (Cohen 2019, section 3.2.1): g(x), or -1; wrong with probability <= alpha."""
+    """PREDICT (Cohen 2019, 3.2.1): g(x), or -1; wrong with chance <= alpha (notebook 02, (2.6))."""
     check_arguments(classifier, x, sigma, n, alpha, any_range)
     request = index, x, generator_for(seed, index, 2, x.device), n
     return clear_winner(count_under_noise(classifier, [request], sigma, batch)[0], alpha)
 
 
 def clear_winner(counts, alpha):
-    """The class with most counts (classes,), or -1 if a binomial test cannot tell the top two."""
+    """The class with most counts, or -1 if a binomial test cannot tell (notebook 02, (2.6))."""
     order = counts.numpy().argsort(kind="stable")[::-1]
     first, second = int(counts[order[0]]), int(counts[order[1]])
     if binomtest(first, first + second, 0.5).pvalue > alpha:
@@ -335,7 +344,7 @@ def generator_for(seed, index, phase, device):
     """The random stream of (image, phase): 0 selects, 1 estimates, 2 predicts, 3 fingerprints.
 
     Injective into 32 bits for one seed, since the CPU generator looks at no more: two images never
-    share their noise.
+    share their noise. (notebook 02, (2.8))
     """
     key = 4 * index + phase
     if not 0 <= key < 2**32 or not 0 <= seed < 2**32:
@@ -381,6 +390,7 @@ def count_under_noise(classifier, requests, sigma, batch=CHUNK):
     requests: [(index, x (C, H, W), generator, copies), ...]. Noise is drawn for CHUNK copies at a
     time, and f always sees `batch` copies, the last batch padded: so the counts of a request do not
     depend on the others. They stay on the device: the end is the only synchronisation.
+    (notebook 01, (1.1))
     """
     if batch % CHUNK and CHUNK % batch:
         raise ValueError(f"batch must be a multiple or a divisor of {CHUNK}, not {batch}")
@@ -466,7 +476,9 @@ def read_log(path):
 
     An incomplete last row is left out; what else is wrong is named.
     """
-    lines = Path(path).read_text("utf-8-sig").splitlines(keepends=True)
+    if "_shard_" in Path(path).name:
+        refuse(f"{path} is a part of a run: concatenate the parts into one file")
+    lines = Path(path).read_text("utf-8-sig", "replace").splitlines(keepends=True)
     header = lines[0].rstrip().split("\t") if lines else []
     if header[:5] != COLUMNS[:5]:
         refuse(f"{path} is no certification log: it must begin with {' '.join(COLUMNS[:5])}")
@@ -496,13 +508,13 @@ def read_log(path):
 def read_curve(path, bound="one-sided", name=""):
     """A log as a report takes it: right is who predicts the label (`correct` is not read).
 
-    Some published scripts write a running count there.
+    Some published scripts write a running count there. (notebook 05, (5.2))
     """
     rows = read_log(path)
     if "sigma" in rows.dtype.names:
         sigmas = {*rows["sigma"].tolist()}
     else:
-        named = re.findall(r"(?:sigma|noise)_(\d+(?:\.\d+)?)(?![\d_])", str(path))
+        named = re.findall(r"(?:sigma|noise)_(\d+(?:\.\d+)?)(?!\.?\d|_)", str(path))
         sigmas = {float(sigma) for sigma in named[-1:]}
     if len(sigmas) != 1 or not min(sigmas) > 0:
         refuse(f"{path} must have one sigma, in its rows or its path (sigma_0.25); it has "
@@ -515,7 +527,6 @@ def read_curve(path, bound="one-sided", name=""):
     elif bound != "one-sided":
         refuse(f"{path} has no counts of other classes: its radii are one-sided")
     right = (predict == rows["label"]) & (predict != ABSTAIN)
-    seconds = [seconds_of(time) for time in rows["time"]] if "time" in rows.dtype.names else [0]
     return SimpleNamespace(
         name=name,
         bound=bound,
@@ -524,18 +535,11 @@ def read_curve(path, bound="one-sided", name=""):
         radii=np.sort(radius[right]),                          # of the images that are right
         acr=radius[right].sum() / len(rows),                   # average certified radius
         abstained=(predict == ABSTAIN).mean(),
-        seconds=float(np.mean(seconds)),
     )
 
 
-def seconds_of(time):
-    """Of Cohen's "h:mm:ss.ffffff", "1 day, h:mm:ss", or seconds."""
-    parts = re.findall(r"[\d.]+", time)[::-1]
-    return sum(float(part) * unit for part, unit in zip(parts, (1, 60, 3600, 86400), strict=False))
-
-
 def certified_accuracy(curve, r):
-    """The share of images that are right with radius >= r."""
+    """The share of images that are right with radius >= r (notebook 05, (5.2))."""
     return float((curve.radii >= r).sum() / curve.images)
 
 
@@ -559,18 +563,18 @@ def read_curves(files, labels=(), bound=""):
 def table(curves, radii):
     """Certified accuracy in % at each radius, of each curve and the best over sigma: markdown."""
     columns = [f"r={r:g}" for r in radii]
-    lines = [["", "sigma", "bound", "images", *columns, "ACR", "abstain", "s/image"]]
+    lines = [["run", "sigma", "bound", "images", *columns, "ACR", "abstain"]]
     groups = {}
     for one in curves:
         groups.setdefault((one.name, one.bound), []).append(one)
         accuracy = [f"{100 * certified_accuracy(one, r):.1f}" for r in radii]
-        about = [f"{one.acr:.3f}", f"{one.abstained:.1%}", f"{one.seconds:.2f}"]
+        about = [f"{one.acr:.3f}", f"{one.abstained:.1%}"]
         lines.append([one.name, f"{one.sigma:g}", one.bound, str(one.images), *accuracy, *about])
     for (name, bound), group in groups.items():
         if len({one.sigma for one in group}) > 1:
             best = [max(certified_accuracy(one, r) for one in group) for r in radii]
             accuracy = [f"{100 * share:.1f}" for share in best]
-            lines.append([name, "best", bound, "", *accuracy, "", "", ""])
+            lines.append([name, "best", bound, "", *accuracy, "", ""])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     padded = [" | ".join(map(str.rjust, line, widths)) for line in lines]
@@ -611,6 +615,19 @@ def plot(path, curves):
 # --------------------------------------------------------------------------------------------------
 # The base classifier
 # --------------------------------------------------------------------------------------------------
+
+
+def open_procedure(name):
+    """fixed_n, or what FILE.py:NAME names."""
+    if name == "fixed_n":
+        return fixed_n
+    plug = open_plug(name, "--procedure")
+
+    def procedure(*arguments):
+        with users_file(f"--procedure {name}"):
+            return (yield from plug(*arguments))
+
+    return procedure
 
 
 def open_classifier(args, checkpoint, device):
@@ -724,12 +741,11 @@ def certify_part(part, trials, test, args):
             file.flush()
 
 
-def merge(result, chosen, args):
+def merge(result, chosen, lock, args):
     """Make the part files one file, if all rows are there, and show it."""
-    import filelock
-
-    with filelock.FileLock(f"{result}.lock"):
-        if not result.exists():
+    with lock:
+        finished = result.exists()
+        if not finished:
             rows = finished_rows(result)
             if len(rows) < len(chosen):
                 print(f"{len(rows)} of {len(chosen)} images are there", flush=True)
@@ -737,17 +753,16 @@ def merge(result, chosen, args):
             text = "\t".join(COLUMNS) + "\n" + "".join(rows[i] for i in chosen)
             write(result, lambda file: file.write(text.encode()))
             print(f"wrote {result}", flush=True)
-        elif RANK > 0:
-            return
         for part in parts_of(result):
             part.unlink()
+    if not finished or RANK == 0:
         report([result], args.radii, picture=result.with_suffix(".png"))
 
 
 def open_for_certification(args, checkpoint):
     """(f, test images, device); f is asked about test image 0, and args are completed."""
-    device = pick_device(args.device)
-    args.device, args.dtype = device.type, pick_dtype(args.dtype, device)
+    device, args.dtype = pick_device(args.device, args.dtype)
+    args.device = device.type
     channels = 3 if args.dataset in ("cifar10", "folder") else 1
     channels = checkpoint["data"]["channels"] if checkpoint else channels
     test = open_images(args.dataset, args.data_path, False, args.size, channels, "cpu")
@@ -777,7 +792,7 @@ def certify_dataset(args, checkpoint):
     import filelock
     from tqdm import tqdm
 
-    procedure = open_plug(args.procedure, "--procedure") if args.procedure else fixed_n
+    procedure = open_procedure(args.procedure)
     f, test, device = open_for_certification(args, checkpoint)
     job, jobs = map(int, args.shard.split("/"))
     chosen = range(0, len(test.labels), args.skip)[:args.max or None]
@@ -787,14 +802,16 @@ def certify_dataset(args, checkpoint):
 
     # The run's settings, and what others of its processes have left.
     settings = {name: getattr(args, name) for name in [*FLAGS, *RUN_FLAGS, "fingerprint"]}
-    if args.procedure:
-        settings["procedure_sha256"] = sha256(args.procedure.rpartition(":")[0])
-    else:
+    if procedure is fixed_n:
         del settings["radii"]                                  # the table's alone
+    else:
+        settings["procedure_sha256"] = sha256(args.procedure.rpartition(":")[0])
     os.makedirs(args.out, exist_ok=True)
-    with filelock.FileLock(f"{result}.lock"):
-        if parts_of(result) and not Path(f"{stem}.json").exists():
-            refuse(f"{stem}.json is missing, the settings of the rows in {result}.part*")
+    lock_file = f"{args.out}/.{result.name}.lock"
+    lock = filelock.FileLock(lock_file)
+    with lock:
+        if (result.exists() or parts_of(result)) and not Path(f"{stem}.json").exists():
+            refuse(f"{stem}.json is missing, the settings of the rows in {result}*")
         earlier = begin(stem, settings, [*RUN_FLAGS, "fingerprint"])
         if not alike(earlier["fingerprint"], args.fingerprint, args.dtype):
             refuse(f"{stem} was begun by another classifier: its logits differ; use another --out")
@@ -809,11 +826,11 @@ def certify_dataset(args, checkpoint):
         bar = tqdm(trials, "certify", len(todo), disable=None if RANK == 0 else True)
         name = f"{job}-{jobs}-{RANK}-{WORLD}"
         try:
-            with filelock.FileLock(f"{result}.lock{name}", blocking=False):
+            with filelock.FileLock(f"{lock_file}{name}", blocking=False):
                 certify_part(Path(f"{result}.part{name}"), bar, test, args)
         except filelock.Timeout:
             refuse(f"{result}.part{name} is in use by another process")
-    merge(result, chosen, args)
+    merge(result, chosen, lock, args)
 
 
 def main(argv=None):
@@ -939,7 +956,7 @@ def read_flags(doc, flags, argv):
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
         parser.add_argument(*names, dest=name, help=f"{text} [{value}]", **how)
 
-    given = vars(parser.parse_args(argv))
+    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x != ""}
     for name, value in given.items():
         text, limit = flags[name][1], 1 if name in SHARES else math.inf
         values = value if isinstance(value, list) else [value]
@@ -949,26 +966,22 @@ def read_flags(doc, flags, argv):
     return given
 
 
-def pick_device(device):
-    """The device of this process; "auto": the accelerator if there is one, else the CPU."""
+def pick_device(device, dtype):
+    """(device, dtype) of this process; "auto": an accelerator, and bf16 on GPUs that have it."""
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device == "cpu":
-        return torch.device("cpu")
-    if torch.get_device_module(device).device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        refuse(f"--device {device}: there are fewer of them than processes")
+    if device != "cpu":
+        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if torch.get_device_module(device).device_count() < wanted:
+            refuse(f"--device {device}: there are fewer than {wanted}")
+    native = False
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    return torch.device(device, LOCAL_RANK)
-
-
-def pick_dtype(dtype, device):
-    """"auto": bf16 autocast on GPUs that have it natively, else fp32."""
-    if dtype != "auto":
-        return dtype
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "auto":
+        dtype = "bf16" if native else "fp32"
+    return torch.device(device, LOCAL_RANK if device != "cpu" else None), dtype
 
 
 def say(*words):
@@ -1065,8 +1078,8 @@ def open_images(dataset, data_path, train, size, channels, device):
             with filelock.FileLock(f"{data_path}/.{dataset}.lock"):              # one downloads
                 part = source(data_path, train, download=True)
         except (RuntimeError, OSError, EOFError) as error:
-            refuse(f"{data_path} lacks {dataset}, or a part of it, and the download failed "
-                   f"({error}): download it elsewhere, and bring the folder")
+            refuse(f"{data_path} lacks {dataset}, or has a part of it; download it elsewhere, and "
+                   f"bring the folder, since that failed here: {' '.join(str(error).split())}")
         pixels, labels, classes = torch.as_tensor(part.data), part.targets, part.classes
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(3, 1).contiguous()
 

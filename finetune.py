@@ -138,6 +138,7 @@ LARGE = dict(
 )
 FASHION = dict(                         # ours, for two CPU cores; chosen on held-out images
     dataset="fashion-mnist",
+    size=28,
     model="vit_fashion",
     holdout=0.05,                       # shifts by up to three pixels, with flips: much worse
     objective_args=("lam=5.0",),        # Jeong & Shin's on MNIST; 2 and 10 give no larger radius
@@ -154,6 +155,7 @@ RECIPES = {                             # what differs from the recipe digits
     "mnist": dict(FASHION, dataset="mnist"),
     "cifar10": dict(                    # ours: a small ViT on one GPU
         dataset="cifar10",
+        size=32,
         model="vit_cifar_small",
         holdout=0.04,
         augment="shift-flip",           # by up to four pixels
@@ -168,6 +170,7 @@ RECIPES = {                             # what differs from the recipe digits
         PAPER,
         dataset="cifar10",
         data_path="data",
+        size=32,
         model="vit_base_patch16",       # it resizes to 224
         holdout=0.04,
         augment="flip",
@@ -210,47 +213,46 @@ INHERITED = ("dataset", "size", "model", "normalisation", "data_path", "holdout"
 
 def parse(argv):
     """The settings: what flags say, else the pre-training checkpoint, else the recipe."""
-    table = FLAGS | RUN_FLAGS
-    given = read_flags(__doc__, table, argv)
+    given = read_flags(__doc__, FLAGS | RUN_FLAGS, argv)
     if "sigma" not in given:
         refuse("--sigma is needed")
-    init = given.get("init")
-    if not init:
-        init = f"{given.get('out', 'runs/' + given.get('recipe', 'digits'))}/pretrain.pt"
+    out = given.get("out", f"runs/{given.get('recipe', 'digits')}")
+    init = given.get("init", f"{out}/pretrain.pt")
     made_with = {}
+    if "init" not in given and not Path(init).exists():
+        refuse(f"there is no {init}: run pretrain.py first, or give --init FILE or scratch")
     if init != "scratch":
-        if not given.get("init") and not Path(init).exists():
-            refuse(f"there is no {init}: run pretrain.py first, or give --init FILE or scratch")
         checkpoint = read_checkpoint(init)
         if checkpoint.get("kind") == "pretrain":
-            made_with = checkpoint["settings"] | {"size": checkpoint["data"]["image_size"]}
-    recipe = given.get("recipe", made_with.get("recipe", "digits"))
+            made_with = checkpoint.get("settings", {}) | checkpoint.get("data", {})
+            made_with["size"] = made_with.get("image_size")
 
-    values = {name: value for name, (value, *_) in table.items()} | RECIPES[recipe]
+    # The recipe, unless the checkpoint was made by it: then data and model are the checkpoint's.
+    recipe = given.get("recipe", made_with.get("recipe", "digits"))
+    if recipe not in RECIPES:
+        refuse(f"{init} was made with an unknown recipe, {recipe!r}: name a --recipe")
+    values = {name: value for name, (value, *_) in (FLAGS | RUN_FLAGS).items()} | RECIPES[recipe]
     if given.get("linear_probe"):
         values |= PROBES.get(recipe, PROBE)
-    if made_with.get("recipe") == recipe:                      # else its weights move to other data
-        values |= {key: made_with[key] for key in INHERITED}
+    if made_with.get("recipe") == recipe:
+        values |= {key: made_with[key] for key in INHERITED if key in made_with}
         for key in INHERITED[:4]:
             if given.get(key, values[key]) != values[key]:
                 refuse(f"--{key} {given[key]} contradicts {init}, made with {values[key]} (to "
                        "transfer it to other data, name another --recipe)")
-    recipes_objective, recipes_args = values["objective"], values["objective_args"]
-    if given.get("dataset", values["dataset"]) != values["dataset"] and "model" not in given:
-        refuse(f"--dataset {given['dataset']} needs a --recipe or a --model: {recipe}'s are for "
-               f"{values['dataset']}")
-    values |= {"out": f"runs/{recipe}"} | given | {"recipe": recipe, "init": init}
+    check_dataset(given, values)
+    objective = given.get("objective", values["objective"] if given["sigma"] else "gaussian")
+    own = values["objective_args"] if objective == values["objective"] else ()
+    values |= {"out": f"runs/{recipe}"} | given
+    values |= {"recipe": recipe, "init": init, "objective": objective}
     args = argparse.Namespace(**values)
 
     # A recipe's objective_args are for its own objective.
-    if args.sigma == 0 and "objective" not in given:
-        args.objective = "gaussian"
-    own = recipes_args if args.objective == recipes_objective else ()
-    file = args.objective.rpartition(":")[0]
+    words = [*own, *given.get("objective_args", ())]
+    file = objective.rpartition(":")[0]
     args.objective_sha256 = sha256(file) if Path(file).is_file() else ""
-    args.objective_args = hyperparameters(
-        open_objective(args.objective), args.sigma, [*own, *given.get("objective_args", ())]
-    )
+    function = open_objective(objective, args.objective_sha256)
+    args.objective_args = hyperparameters(function, args.sigma, words)
     return args
 
 
@@ -269,13 +271,14 @@ def cross_entropy(logits, targets, smoothing=0.0):
     """mean_i CE(f(x + e_i), y) over the m copies and the images (Cohen et al. 2019).
 
     logits (m, B, classes), targets (B, classes); smoothing is that of the labels.
+    (notebook 04, (4.3))
     """
     every = logits.flatten(0, 1)                                             # mB classes
     return F.cross_entropy(every, targets.repeat(len(logits), 1), label_smoothing=smoothing)
 
 
 def log_smoothed(logits):
-    """log F (B, classes), F = mean_i softmax(f(x + e_i)); logits (m, B, classes)."""
+    """log F of F = mean_i softmax(f(x + e_i)); (m, B, K) -> (B, K) (notebook 06, (6.2))."""
     return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
 
 
@@ -283,7 +286,7 @@ def consistency_loss(logits, lam, eta):
     """lam * mean_i KL(F || F_i) + eta * H(F), averaged over images (Jeong & Shin 2020, 2006.04062).
 
     logits (m, B, classes) of m noisy copies of each image; F_i are their softmax outputs and F is
-    the mean of them.
+    the mean of them. (notebook 04, (4.9))
     """
     log_each = logits.log_softmax(dim=-1)                                    # m B classes
     log_mean = log_smoothed(logits)                                          # B classes
@@ -294,21 +297,26 @@ def consistency_loss(logits, lam, eta):
 
 
 def gaussian(f, x, targets, sigma, epoch, epochs, copies=1, label_smoothing=0.1):
-    """Training with noise (Cohen et al. 2019): the cross-entropy of noisy copies."""
+    """Training with noise alone (Cohen et al. 2019; notebook 04, (4.3))."""
     noise = sigma * torch.randn(copies, *x.shape, device=x.device)           # m B C H W
     return cross_entropy(f(x, noise), targets, label_smoothing)
 
 
-def consistency(f, x, targets, sigma, epoch, epochs, copies=2, lam=2.0, eta=(0.5, 0.5, 0.1),
-                label_smoothing=0.1):
-    """What the paper fine-tunes ViT-B with (section 4.2): cross-entropy and consistency_loss()."""
+def consistency(
+    f, x, targets, sigma, epoch, epochs,
+    copies=2, lam=2.0, eta=(0.5, 0.5, 0.1), label_smoothing=0.1,
+):
+    """With consistency_loss(), as the paper (section 4.2; notebook 04, (4.3), (4.9))."""
+    if copies < 2:
+        refuse(f"consistency is of 2 copies or more, not {copies} (else: --objective gaussian)")
     noise = sigma * torch.randn(copies, *x.shape, device=x.device)           # m B C H W
     logits = f(x, noise)                                                     # m B classes
     return cross_entropy(logits, targets, label_smoothing) + consistency_loss(logits, lam, eta)
 
 
-def open_objective(name):
-    """The objective of that name, or of that FILE.py:NAME."""
+@functools.cache
+def open_objective(name, file_sha256=""):
+    """The objective of that name, or of that FILE.py:NAME, whose content it is."""
     built_in = {"gaussian": gaussian, "consistency": consistency}
     if name not in built_in and ":" not in name:
         refuse(f"--objective is gaussian, consistency or FILE.py:NAME, not {name}")
@@ -392,6 +400,23 @@ def make_mix(mixup, cutmix, classes):
     return lambda images, labels: (images, F.one_hot(labels, classes).to(images))
 
 
+def open_data(args, device):
+    """(training images, test images, which to train on, which are held out)."""
+    channels = SIZES[args.model]["channels"]
+    images, test = (
+        open_images(args.dataset, args.data_path, train, args.size, channels, device)
+        for train in (True, False)
+    )
+    if images.classes != test.classes:
+        odd = sorted({*images.classes} ^ {*test.classes})
+        refuse(f"{args.data_path}: only in one of training and test are {', '.join(odd[:3])}")
+    train, held_out = hold_out(len(images.labels), args.holdout)
+    if args.labels_per_class:
+        count = args.labels_per_class
+        train = few_labels(train, images.labels, len(images.classes), count, args.seed)
+    return images, test, train, held_out
+
+
 def few_labels(train, labels, classes, count, seed):
     """`count` of the images `train` (m,) of each class, chosen by the seed, repeated up to m."""
     order = train[torch.randperm(len(train), generator=generator(seed_of(seed)))]
@@ -426,7 +451,7 @@ def build_model(args, classes, device):
 
 
 def layer_of(name, depth):
-    """0: class token, positions, patch embedding; N + 1: blocks.N; depth + 1: final norm, head."""
+    """0: tokens, positions, patches; N + 1: blocks.N; depth + 1: the rest (notebook 04, (4.4))."""
     if name.startswith(("cls_token", "pos_embed", "patch_embed")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
@@ -434,7 +459,7 @@ def layer_of(name, depth):
 
 
 def parameter_groups(model, weight_decay, layer_decay):
-    """A group for every layer with and without decay; lr_scale layer_decay^(depth + 1 - layer)."""
+    """A group for each layer and decay, with its lr_scale (notebook 04, (4.4))."""
     groups = {}
     depth = len(model.blocks)
     for name, parameter in model.named_parameters():
@@ -448,29 +473,21 @@ def parameter_groups(model, weight_decay, layer_decay):
     return list(groups.values())
 
 
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv 1708.03888) of SGD with momentum.
+class LARS(torch.optim.SGD):
+    """Layer-wise adaptive rates (You et al. 2017, arXiv 1708.03888): SGD with momentum 0.9.
 
-    The gradient of a matrix w is scaled by trust * |w| / |gradient + weight_decay * w|; that of a
-    1-D parameter is not.
+    The gradient g of a matrix w, with its weight decay, is scaled by 0.001 |w| / |g|.
+    (notebook 04, (4.12))
     """
 
-    def __init__(self, groups, lr, momentum=0.9, trust=0.001):
-        defaults = dict(lr=lr, momentum=momentum, trust=trust, weight_decay=0.0)
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in group["params"]:
-                update = w.grad + group["weight_decay"] * w
-                if w.ndim > 1:
-                    size, change = w.norm(), update.norm()
-                    usable = (size > 0) & (change > 0)
-                    update = update * torch.where(usable, group["trust"] * size / change, 1.0)
-                velocity = self.state[w].setdefault("velocity", torch.zeros_like(w))
-                velocity.mul_(group["momentum"]).add_(update)
-                w.sub_(group["lr"] * velocity)
+            for w in [w for w in group["params"] if w.ndim > 1]:
+                w.grad.add_(w.detach(), alpha=group["decay"])
+                size, change = w.detach().norm(), w.grad.norm()
+                usable = (size > 0) & (change > 0)
+                w.grad.mul_(torch.where(usable, 0.001 * size / change, 1.0))
+        super().step()
 
 
 def build_optimizer(model, args):
@@ -478,7 +495,8 @@ def build_optimizer(model, args):
     groups = parameter_groups(model, args.weight_decay, args.layer_decay)
     peak = args.base_lr * args.batch / 256
     if args.linear_probe:
-        return LARS(groups, lr=peak)
+        groups = [group | dict(decay=group.pop("weight_decay")) for group in groups]
+        return LARS(groups, lr=peak, momentum=0.9)
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), fused=True)
 
 
@@ -543,6 +561,7 @@ def train_step(network, optimizer, batches, mix, accumulate, objective, args, st
     """One optimizer step on the mean loss of `accumulate` micro-batches: this process's part.
 
     Noise comes after mixup: mixed noisy images would have its deviation times sqrt(l^2 + (1-l)^2).
+    (notebook 04, (4.7))
     """
     total = 0.0
     f = noisy_logits(network, args.dtype)
@@ -569,32 +588,18 @@ def copy_of_weights(model):
 
 def finetune(args):
     """The stage, from the pre-trained encoder to the classifier that is certified."""
-    device = pick_device(args.device)
+    device, args.dtype = pick_device(args.device, args.dtype)
     start_processes(device)
-    args.dtype = pick_dtype(args.dtype, device)
     torch.backends.cuda.enable_flash_sdp((device.type, args.dtype) != ("cpu", "bf16"))
     stem = f"{args.out}/finetune_sigma_{args.sigma:g}"
-    objective = open_objective(args.objective)
+    objective = open_objective(args.objective, args.objective_sha256)
 
-    # Data: which images, in which batches.
-    channels = SIZES[args.model]["channels"]
-    where = (args.dataset, args.data_path)
-    images = open_images(*where, True, args.size, channels, device)
-    test = open_images(*where, False, args.size, channels, device)
-    if images.classes != test.classes:
-        odd = sorted({*images.classes} ^ {*test.classes})
-        refuse(f"{args.data_path} differs between training and test in the classes "
-               f"{', '.join(odd[:3])}")
-    train, held_out = hold_out(len(images.labels), args.holdout)
-    classes = len(images.classes)
-    if args.labels_per_class:
-        train = few_labels(train, images.labels, classes, args.labels_per_class, args.seed)
+    # Data, network, optimizer.
+    images, test, train, held_out = open_data(args, device)
     augment = make_augment(args.augment, images, args.erasing)
-    mix = make_mix(args.mixup, args.cutmix, classes)
+    mix = make_mix(args.mixup, args.cutmix, len(images.classes))
     device_batch, accumulate, steps = plan(args.batch, args.device_batch, len(train))
-
-    # Network and optimizer.
-    model = build_model(args, classes, device)
+    model = build_model(args, len(images.classes), device)
     optimizer = build_optimizer(model, args)
     peak = optimizer.defaults["lr"]
     network = parallelise(model, args, device)
@@ -604,7 +609,7 @@ def finetune(args):
 
     # Everything that certification, or this stage after a stop, has to know.
     data = dict(dataset=args.dataset, data_path=args.data_path, image_size=images.size)
-    data |= dict(channels=channels, holdout=args.holdout, classes=images.classes)
+    data |= dict(channels=model.config["channels"], holdout=args.holdout, classes=images.classes)
     about = dict(kind="finetune", config=model.config, data=data, settings=vars(args))
     about |= dict(sigma=args.sigma)
 
@@ -658,6 +663,14 @@ def main(argv=None):
 # ==================================================================================================
 # The same in pretrain.py and finetune.py: processes, the order of the data, log and checkpoints
 # ==================================================================================================
+
+
+def check_dataset(given, values):
+    """Other data than those of the recipe that nobody named need a recipe, or a model."""
+    named = given.get("dataset", values["dataset"])
+    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
+        refuse(f"--dataset {named} needs a --recipe or a --model: without, they are for "
+               f"{values['dataset']}")
 
 
 def start_processes(device):
@@ -790,8 +803,9 @@ def load_batches(images, batches, device, augment=None, seed=0, epoch=0, workers
 @contextlib.contextmanager
 def run_directory(stem, settings):
     """Rank 0 locks the files STEM.* and compares their settings; what it refuses, all refuse."""
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{stem}.lock", blocking=False)
+    folder, name = os.path.split(stem)
+    os.makedirs(folder, exist_ok=True)
+    lock = filelock.FileLock(f"{folder}/.{name}.lock", blocking=False)
     problem = None
     try:
         if RANK == 0:
@@ -821,7 +835,7 @@ def mean_loss(loss, epoch):
 def save(path, weights, **rest):
     """Rank 0 writes a checkpoint; weights that are not finite are refused."""
     if RANK == 0:
-        if not math.isfinite(sum(float(value.double().sum()) for value in weights.values())):
+        if not math.isfinite(sum(float(value.float().sum()) for value in weights.values())):
             raise FloatingPointError(f"weights are not finite: {path} is not written")
         write(path, lambda file: torch.save({"model": weights, **rest}, file))
 
@@ -838,11 +852,11 @@ def resume(stem, model, optimizer):
         load_weights(model, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {last} after epoch {state['epoch']}")
-        for line in log_file.read_text().splitlines():
-            row = json.loads(line)
+        for line in log_file.read_text().splitlines(keepends=True):
+            row = json.loads(line) if line.endswith("\n") else {"epoch": math.inf}
             if row["epoch"] > state["epoch"] or row.get("split") == "test":
                 break
-            rows.append(line + "\n")
+            rows.append(line)
             seconds = row["time"]
     if RANK == 0:
         write(log_file, lambda file: file.write("".join(rows).encode()))
@@ -984,7 +998,7 @@ def read_flags(doc, flags, argv):
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
         parser.add_argument(*names, dest=name, help=f"{text} [{value}]", **how)
 
-    given = vars(parser.parse_args(argv))
+    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x != ""}
     for name, value in given.items():
         text, limit = flags[name][1], 1 if name in SHARES else math.inf
         values = value if isinstance(value, list) else [value]
@@ -994,26 +1008,22 @@ def read_flags(doc, flags, argv):
     return given
 
 
-def pick_device(device):
-    """The device of this process; "auto": the accelerator if there is one, else the CPU."""
+def pick_device(device, dtype):
+    """(device, dtype) of this process; "auto": an accelerator, and bf16 on GPUs that have it."""
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device == "cpu":
-        return torch.device("cpu")
-    if torch.get_device_module(device).device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        refuse(f"--device {device}: there are fewer of them than processes")
+    if device != "cpu":
+        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if torch.get_device_module(device).device_count() < wanted:
+            refuse(f"--device {device}: there are fewer than {wanted}")
+    native = False
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    return torch.device(device, LOCAL_RANK)
-
-
-def pick_dtype(dtype, device):
-    """"auto": bf16 autocast on GPUs that have it natively, else fp32."""
-    if dtype != "auto":
-        return dtype
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "auto":
+        dtype = "bf16" if native else "fp32"
+    return torch.device(device, LOCAL_RANK if device != "cpu" else None), dtype
 
 
 def say(*words):
@@ -1110,8 +1120,8 @@ def open_images(dataset, data_path, train, size, channels, device):
             with filelock.FileLock(f"{data_path}/.{dataset}.lock"):              # one downloads
                 part = source(data_path, train, download=True)
         except (RuntimeError, OSError, EOFError) as error:
-            refuse(f"{data_path} lacks {dataset}, or a part of it, and the download failed "
-                   f"({error}): download it elsewhere, and bring the folder")
+            refuse(f"{data_path} lacks {dataset}, or has a part of it; download it elsewhere, and "
+                   f"bring the folder, since that failed here: {' '.join(str(error).split())}")
         pixels, labels, classes = torch.as_tensor(part.data), part.targets, part.classes
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(3, 1).contiguous()
 

@@ -50,12 +50,12 @@ NORMALISATION = {                        # mean and standard deviation of traini
 
 
 def patchify(images, patch_size):
-    """Images (B, C, H, W) -> patches (B, N, P*P*C); a patch's pixels run row, column, channel."""
+    """Images (B, C, H, W) -> patches (B, N, P*P*C): row, column, channel (notebook 03, (3.3))."""
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches, patch_size, grid):
-    """Patches (B, N, P*P*C) of an h x w `grid` -> images (B, C, H, W)."""
+    """Patches (B, N, P*P*C) of an h x w `grid` -> images (B, C, H, W) (notebook 03, (3.3))."""
     sides = dict(h=grid[0], w=grid[1], p=patch_size, q=patch_size)
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **sides)
 
@@ -65,7 +65,7 @@ def sincos_positions(dim, grid):
 
     With omega_i = 10000^(-i / (D/4)), a patch in row y and column x gets [sin(x w), cos(x w),
     sin(y w), cos(y w)], the order of the published checkpoints (He et al. 2022, arXiv 2111.06377,
-    section 3; Vaswani et al. 2017, section 3.5).
+    section 3; Vaswani et al. 2017, section 3.5). (notebook 03, (3.5))
     """
     if dim % 4:
         raise ValueError(f"2-D sin-cos positions need a width divisible by 4, not {dim}")
@@ -94,7 +94,7 @@ def random_masking(mask_noise, mask_ratio):
     """Keep int(N (1 - mask_ratio)) patches an image, those with the smallest `mask_noise` (B, N).
 
     Returns keep (B, K), the kept patches' indices; restore (B, N), where each patch stands in
-    "kept, then dropped"; and mask (B, N), 1 = dropped, 0 = kept.
+    "kept, then dropped"; and mask (B, N), 1 = dropped, 0 = kept. (notebook 03, (3.7))
     """
     kept = int(mask_noise.shape[1] * (1 - mask_ratio))
     shuffle = mask_noise.argsort(dim=1)                                      # B N, kept ones first
@@ -104,9 +104,9 @@ def random_masking(mask_noise, mask_ratio):
 
 
 def standardise_patches(patches):
-    """Each patch (..., P*P*C) by its own mean and unbiased variance + 1e-6: norm-pix (MAE, 4.1)."""
+    """norm-pix (MAE, 4.1): each patch by its mean and variance (notebook 03, (3.18))."""
     mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True)                             # unbiased
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
@@ -116,7 +116,7 @@ def standardise_patches(patches):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (B, N, D) -> (B, N, D): softmax(q k^T / sqrt(d)) v in each head."""
+    """softmax(q k^T / sqrt(d)) v in each head; (B, N, D) (notebook 03, (3.9), (3.10))."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -133,7 +133,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; in training each branch is dropped with chance `drop_path`."""
+    """Pre-norm; in training branches drop with chance drop_path (notebook 03, (3.12))."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
@@ -149,7 +149,7 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def stochastic_depth(self, branch):
-        """Drop the branch of some images, scale up the others' (Huang et al. 2016)."""
+        """Drop it for some images, scale up the others (Huang et al. 2016) (notebook 04, (4.5))."""
         if not self.training or self.drop_path == 0:
             return branch
         survive = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -202,14 +202,14 @@ class Encoder(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def prepare(self, images):
-        """Resize (if need be) and normalise: (B, C, any, any) in [0, 1] -> (B, C, H, W)."""
+        """Resize, normalise: (B, C, any, any) -> (B, C, H, W) (notebook 01, (1.12), (1.13))."""
         size = (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
         return (images - self.mean) / self.std
 
     def embed(self, images):
-        """Images -> patch tokens with positions (B, N, D)."""
+        """Images -> patch tokens with positions (B, N, D) (notebook 03, (3.4))."""
         tokens = self.patch_embed(self.prepare(images))                      # B D h w
         return rearrange(tokens, "b d h w -> b (h w) d") + self.pos_embed[:, 1:]
 
@@ -244,7 +244,7 @@ class VisionTransformer(Encoder):
         nn.init.trunc_normal_(linear.weight, std=0.01 if probe else 2e-5)
 
     def features(self, images):
-        """What the head sees: (B, C, H, W) -> (B, D)."""
+        """What the head sees: (B, C, H, W) -> (B, D) (notebook 03, (3.13))."""
         x = self.with_cls(self.embed(images))                                # B 1+N D
         for block in self.blocks:
             x = block(x)                                                     # B 1+N D
@@ -285,7 +285,7 @@ class DenoisingMaskedAutoencoder(Encoder):
         self.initialise()
 
     def encode(self, noisy, mask_ratio, mask_noise):
-        """Noisy images -> latent (B, 1 + K, D) of kept patches, restore (B, N), mask (B, N)."""
+        """Noisy images -> latent (B, 1+K, D), restore, mask (B, N) (notebook 03, (3.14))."""
         x = self.embed(noisy)                                                # B N D
         keep, restore, mask = random_masking(mask_noise, mask_ratio)         # B K, B N, B N
         x = x.gather(1, repeat(keep, "b k -> b k d", d=x.shape[-1]))         # B K D
@@ -295,7 +295,7 @@ class DenoisingMaskedAutoencoder(Encoder):
         return self.norm(x), restore, mask
 
     def decode(self, latent, restore):
-        """Latent (B, 1 + K, D) -> predicted patches (B, N, P*P*C), all of them."""
+        """Latent (B, 1 + K, D) -> all patches, predicted (B, N, P*P*C) (notebook 03, (3.15))."""
         x = self.decoder_embed(latent)                                       # B 1+K D'
         cls, kept = x[:, :1], x[:, 1:]
         dropped = restore.shape[1] - kept.shape[1]
@@ -313,7 +313,7 @@ class DenoisingMaskedAutoencoder(Encoder):
         return standardise_patches(patches) if self.norm_pix else patches
 
     def loss(self, target, prediction, mask):
-        """Mean squared error over a patch's pixels, then over all patches, or the dropped (MAE)."""
+        """Mean square, over all patches or dropped ones (notebook 03, (3.16), (3.17))."""
         error = (prediction - target).square().mean(dim=-1)                  # B N
         if self.loss_on == "all":
             return error.mean()
@@ -323,7 +323,7 @@ class DenoisingMaskedAutoencoder(Encoder):
         """Clean images (B, C, H, W) in [0, 1] -> loss, prediction (B, N, P*P*C), mask (B, N).
 
         noise (B, C, H, W) ~ N(0, 1) and mask_noise (B, N) ~ U(0, 1) are drawn here, in this order,
-        unless given. In the mask 1 = dropped.
+        unless given. In the mask 1 = dropped. (notebook 03, (3.1), (3.2))
         """
         if noise is None:
             noise = torch.randn_like(images)
@@ -414,7 +414,7 @@ def decays(name, parameter):
 
 
 def learning_rate(step, steps, warmup, peak, minimum=0.0):
-    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to `minimum` at `steps`."""
+    """Linear from 0 to `peak`, then half a cosine to `minimum` at `steps` (notebook 03, (3.20))."""
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / (steps - warmup)

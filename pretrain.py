@@ -111,6 +111,7 @@ PAPER = dict(                           # section 4.1 and appendix: ImageNet
 )
 FASHION = dict(                         # ours, for two CPU cores; chosen on held-out images
     dataset="fashion-mnist",
+    size=28,
     model="vit_fashion",
     holdout=0.05,
     augment="flip",                     # shifts by up to three pixels did not help
@@ -128,6 +129,7 @@ RECIPES = {                             # what differs from the recipe digits
     "mnist": dict(FASHION, dataset="mnist", augment="none"),
     "cifar10": dict(                    # ours: a small ViT from nothing on one GPU
         dataset="cifar10",
+        size=32,
         model="vit_cifar_small",
         holdout=0.04,
         augment="shift-flip",           # by up to four pixels
@@ -143,6 +145,7 @@ RECIPES = {                             # what differs from the recipe digits
         PAPER,
         dataset="cifar10",
         data_path="data",
+        size=32,
         model="vit_base_patch16",       # it resizes to 224
         holdout=0.04,
         augment="flip",
@@ -164,9 +167,7 @@ def parse(argv):
     given = read_flags(__doc__, table, argv)
     recipe = given.get("recipe", "digits")
     values = {name: value for name, (value, *_) in table.items()} | RECIPES[recipe]
-    if given.get("dataset", values["dataset"]) != values["dataset"] and "model" not in given:
-        refuse(f"--dataset {given['dataset']} needs a --recipe or a --model: {recipe}'s are for "
-               f"{values['dataset']}")
+    check_dataset(given, values)
     args = argparse.Namespace(**values | {"out": f"runs/{recipe}"} | given)
     if args.mask_ratio == 0 and args.loss_on == "dropped":
         refuse("--loss-on dropped needs a --mask-ratio above 0")
@@ -210,7 +211,7 @@ def build_model(args, device):
 
 
 def build_optimizer(model, args):
-    """AdamW at the peak learning rate, base_lr * batch / 256; weight decay on matrices alone."""
+    """AdamW; the peak learning rate is base_lr * batch / 256 (notebook 03, (3.19), (3.21))."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         dict(params=[p for name, p in trained if decays(name, p)], weight_decay=args.weight_decay),
@@ -226,7 +227,7 @@ def build_optimizer(model, args):
 
 
 def reconstruct(model, clean, prediction):
-    """Predicted patches (B, N, P*P*C) as images in [0, 1]; norm-pix is undone by clean patches."""
+    """Predicted patches as images in [0, 1]; norm-pix is undone (notebook 03, (3.18))."""
     if model.norm_pix:
         patches = patchify(model.prepare(clean), model.patch_size)           # B N P*P*C
         deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
@@ -266,7 +267,7 @@ def draw_corruption(images, grid, *position):
 def train_step(network, optimizer, batches, accumulate, args, step):
     """One optimizer step on the mean loss of `accumulate` micro-batches: this process's part.
 
-    The noise is drawn outside of the network, which may be compiled.
+    The noise is drawn outside of the network, which may be compiled. (notebook 03, (3.22))
     """
     total = 0.0
     grid = getattr(network, "module", network).grid
@@ -287,9 +288,8 @@ def train_step(network, optimizer, batches, accumulate, args, step):
 
 def pretrain(args):
     """The stage, from the first image to the last checkpoint."""
-    device = pick_device(args.device)
+    device, args.dtype = pick_device(args.device, args.dtype)
     start_processes(device)
-    args.dtype = pick_dtype(args.dtype, device)
     torch.backends.cuda.enable_flash_sdp((device.type, args.dtype) != ("cpu", "bf16"))
     stem = f"{args.out}/pretrain"
 
@@ -354,6 +354,14 @@ def main(argv=None):
 # ==================================================================================================
 # The same in pretrain.py and finetune.py: processes, the order of the data, log and checkpoints
 # ==================================================================================================
+
+
+def check_dataset(given, values):
+    """Other data than those of the recipe that nobody named need a recipe, or a model."""
+    named = given.get("dataset", values["dataset"])
+    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
+        refuse(f"--dataset {named} needs a --recipe or a --model: without, they are for "
+               f"{values['dataset']}")
 
 
 def start_processes(device):
@@ -486,8 +494,9 @@ def load_batches(images, batches, device, augment=None, seed=0, epoch=0, workers
 @contextlib.contextmanager
 def run_directory(stem, settings):
     """Rank 0 locks the files STEM.* and compares their settings; what it refuses, all refuse."""
-    Path(stem).parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{stem}.lock", blocking=False)
+    folder, name = os.path.split(stem)
+    os.makedirs(folder, exist_ok=True)
+    lock = filelock.FileLock(f"{folder}/.{name}.lock", blocking=False)
     problem = None
     try:
         if RANK == 0:
@@ -517,7 +526,7 @@ def mean_loss(loss, epoch):
 def save(path, weights, **rest):
     """Rank 0 writes a checkpoint; weights that are not finite are refused."""
     if RANK == 0:
-        if not math.isfinite(sum(float(value.double().sum()) for value in weights.values())):
+        if not math.isfinite(sum(float(value.float().sum()) for value in weights.values())):
             raise FloatingPointError(f"weights are not finite: {path} is not written")
         write(path, lambda file: torch.save({"model": weights, **rest}, file))
 
@@ -534,11 +543,11 @@ def resume(stem, model, optimizer):
         load_weights(model, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {last} after epoch {state['epoch']}")
-        for line in log_file.read_text().splitlines():
-            row = json.loads(line)
+        for line in log_file.read_text().splitlines(keepends=True):
+            row = json.loads(line) if line.endswith("\n") else {"epoch": math.inf}
             if row["epoch"] > state["epoch"] or row.get("split") == "test":
                 break
-            rows.append(line + "\n")
+            rows.append(line)
             seconds = row["time"]
     if RANK == 0:
         write(log_file, lambda file: file.write("".join(rows).encode()))
@@ -633,7 +642,7 @@ def read_flags(doc, flags, argv):
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
         parser.add_argument(*names, dest=name, help=f"{text} [{value}]", **how)
 
-    given = vars(parser.parse_args(argv))
+    given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x != ""}
     for name, value in given.items():
         text, limit = flags[name][1], 1 if name in SHARES else math.inf
         values = value if isinstance(value, list) else [value]
@@ -643,26 +652,22 @@ def read_flags(doc, flags, argv):
     return given
 
 
-def pick_device(device):
-    """The device of this process; "auto": the accelerator if there is one, else the CPU."""
+def pick_device(device, dtype):
+    """(device, dtype) of this process; "auto": an accelerator, and bf16 on GPUs that have it."""
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device == "cpu":
-        return torch.device("cpu")
-    if torch.get_device_module(device).device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        refuse(f"--device {device}: there are fewer of them than processes")
+    if device != "cpu":
+        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if torch.get_device_module(device).device_count() < wanted:
+            refuse(f"--device {device}: there are fewer than {wanted}")
+    native = False
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    return torch.device(device, LOCAL_RANK)
-
-
-def pick_dtype(dtype, device):
-    """"auto": bf16 autocast on GPUs that have it natively, else fp32."""
-    if dtype != "auto":
-        return dtype
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if native else "fp32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "auto":
+        dtype = "bf16" if native else "fp32"
+    return torch.device(device, LOCAL_RANK if device != "cpu" else None), dtype
 
 
 def say(*words):
@@ -759,8 +764,8 @@ def open_images(dataset, data_path, train, size, channels, device):
             with filelock.FileLock(f"{data_path}/.{dataset}.lock"):              # one downloads
                 part = source(data_path, train, download=True)
         except (RuntimeError, OSError, EOFError) as error:
-            refuse(f"{data_path} lacks {dataset}, or a part of it, and the download failed "
-                   f"({error}): download it elsewhere, and bring the folder")
+            refuse(f"{data_path} lacks {dataset}, or has a part of it; download it elsewhere, and "
+                   f"bring the folder, since that failed here: {' '.join(str(error).split())}")
         pixels, labels, classes = torch.as_tensor(part.data), part.targets, part.classes
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(3, 1).contiguous()
 

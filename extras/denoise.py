@@ -12,6 +12,7 @@ denoiser here is the autoencoder of Wu et al. 2023, arXiv 2210.06983.)
         --sigma 0.25 --classifier extras/denoise.py:denoised --out runs/denoised
 """
 
+import functools
 import math
 import os
 
@@ -27,6 +28,7 @@ def denoise(dmae, z):
 
     dmae: model.DenoisingMaskedAutoencoder, trained without norm-pix: with it, the prediction lacks
     each patch's mean and variance. It may work at another size than S; the result has size S.
+    (notebook 06, (6.11))
     """
     patches = math.prod(dmae.grid)
     in_order = torch.arange(patches, device=z.device).expand(len(z), -1)     # B N
@@ -48,11 +50,15 @@ def open_denoiser(file):
     return dmae.eval()
 
 
-files = os.environ.get("CHECKPOINTS", "").split(":")
-if len(files) != 2:
-    refuse("extras/denoise.py needs CHECKPOINTS=DENOISER.pt:CLASSIFIER.pt")
-denoiser, classifier = open_denoiser(files[0]), rebuild(read_classifier(files[1]), files[1]).eval()
+@functools.cache
+def open_networks():
+    """(denoiser, classifier) of CHECKPOINTS."""
+    files = os.environ.get("CHECKPOINTS", "").split(":")
+    if len(files) != 2:
+        refuse("extras/denoise.py needs CHECKPOINTS=DENOISER.pt:CLASSIFIER.pt")
+    return open_denoiser(files[0]), rebuild(read_classifier(files[1]), files[1]).eval()
 
 
 def denoised(z):
-    return classifier.to(z.device)(denoise(denoiser.to(z.device), z))
+    denoiser, classifier = (network.to(z.device) for network in open_networks())
+    return classifier(denoise(denoiser, z))

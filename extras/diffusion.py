@@ -30,6 +30,7 @@ def diffusion_step(sigma, abar):
         sqrt((1 - abar_t) / abar_t) >= 2 sigma
 
     abar (T,): the schedule's cumulative products of 1 - beta, falling; t counts from 0.
+    (notebook 06, (6.12))
     """
     abar = torch.as_tensor(abar, dtype=torch.float64)
     noise = ((1 - abar) / abar).sqrt()                                       # T
@@ -44,7 +45,7 @@ def diffusion_step(sigma, abar):
 def denoise_by_diffusion(model, z, sigma, abar):
     """Noisy images z (B, C, H, W) = x + sigma N(0, I) to clean ones in [0, 1].
 
-    model: any callable (x_t, t (B,)) -> the predicted noise.
+    model: any callable (x_t, t (B,)) -> the predicted noise. (notebook 06, (6.13))
     """
     t, scale = diffusion_step(sigma, abar)
     x_t = scale * (2 * z - 1)

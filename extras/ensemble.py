@@ -10,6 +10,7 @@
 any function f; but they are two functions.
 """
 
+import functools
 import os
 
 import torch
@@ -26,7 +27,7 @@ class Consensus:
 
     Where they agree the logits are network 1's, exactly. The copies in dispute go through the
     others `pack` at a time, the last batch padded: each network sees batches of one shape alone, so
-    what a copy gets does not depend on which others are in dispute.
+    what a copy gets does not depend on which others are in dispute. (notebook 06, (6.10))
     """
 
     def __init__(self, networks, first, pack=CHUNK // 4):
@@ -49,8 +50,12 @@ class Consensus:
         return result
 
 
-def open_networks(files):
-    """The networks of checkpoints of finetune.py, in eval mode; all for the same classes."""
+@functools.cache
+def open_networks():
+    """The networks of CHECKPOINTS, files of finetune.py, in eval mode; all for the same classes."""
+    files = os.environ.get("CHECKPOINTS", "").split(":")
+    if len(files) < 2:
+        refuse("extras/ensemble.py needs CHECKPOINTS=a.pt:b.pt")
     checkpoints = [read_classifier(file) for file in files]
     wanted = ("dataset", "image_size", "channels", "classes")
     if any(c["data"][key] != checkpoints[0]["data"][key] for c in checkpoints for key in wanted):
@@ -58,18 +63,9 @@ def open_networks(files):
     return [rebuild(*pair).eval() for pair in zip(checkpoints, files, strict=True)]
 
 
-files = os.environ.get("CHECKPOINTS", "").split(":")
-if len(files) < 2:
-    refuse("extras/ensemble.py needs CHECKPOINTS=a.pt:b.pt")
-networks = open_networks(files)
-two = Consensus(networks, 2)
-
-
 def mean(z):
-    return sum(network.to(z.device)(z) for network in networks)
+    return sum(network.to(z.device)(z) for network in open_networks())
 
 
 def consensus(z):
-    for network in networks:
-        network.to(z.device)
-    return two(z)
+    return Consensus([network.to(z.device) for network in open_networks()], 2)(z)

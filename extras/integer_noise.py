@@ -11,6 +11,7 @@ after adding noise, and never clip. The table is known to a few units of its las
 those would decide is not counted for the top class.
 """
 
+import itertools
 import math
 import sys
 
@@ -36,7 +37,7 @@ BITS, SLACK = 53, 64                                 # norm.cdf errs by fewer th
 
 
 class GridNoise:
-    """round(x + sigma N(0, I)) on the grid 1/levels, exactly."""
+    """round(x + sigma N(0, I)) on the grid 1/levels, exactly (notebook 02, (2.21))."""
 
     def __init__(self, sigma, levels, device):
         self.levels = levels
@@ -90,8 +91,10 @@ def certify_on_grid(f, x, noise, index, args):
 
 
 def main(argv):
-    images = [int(word) for word in argv if word.isdigit()]
+    images = [int(word) for word in itertools.takewhile(str.isdigit, argv)]
     args, checkpoint = parse(argv[len(images):])
+    if args.procedure != "fixed_n":
+        refuse("integer noise has a procedure of its own: no --procedure")
     args.batch = CHUNK
     f, test, device = open_for_certification(args, checkpoint)
     noise = GridNoise(args.sigma, test.white, device)

@@ -26,7 +26,7 @@ def macer_loss(logits, targets, sigma, lam, beta, gamma):
 
     z = mean_i softmax(beta f(x + e_i)) are scores at a lower temperature, so that sigma xi / 2 is
     nearly the certified radius. z is kept 2^-24 away from 0 and 1, where Phi^-1 is infinite: xi is
-    above any gamma of use there.
+    above any gamma of use there. (notebook 06, (6.5), (6.6))
     """
     cross = -(targets * log_smoothed(logits)).sum(dim=-1)                    # B
     z = log_smoothed(beta * logits).exp()                                    # B classes

@@ -14,6 +14,7 @@ from certify import (
     one_line_errors,
     open_for_certification,
     open_picture,
+    open_procedure,
     parse,
     predict,
 )
@@ -22,6 +23,7 @@ from certify import (
 def main(argv):
     files = argv[:next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))]
     args, checkpoint = parse(argv[len(files):])
+    procedure = open_procedure(args.procedure)
     f, test, device = open_for_certification(args, checkpoint)
     how = dict(sigma=args.sigma, n=args.n, alpha=args.alpha, seed=args.seed, batch=args.batch)
     names = {ABSTAIN: "abstains"} | dict(enumerate(test.classes))
@@ -31,7 +33,8 @@ def main(argv):
         if picture.size != (test.size, test.size):
             print(f"{file}: fitted to {test.size} x {test.size}, the radius is in pixels of that")
         x = fit(picture, test.size).to(device, torch.float32) / 255
-        guess, radius = certify(f, x, n0=args.n0, index=index, bound=args.bound, **how)
+        own = dict(bound=args.bound, procedure=procedure, radii=args.radii)
+        guess, radius = certify(f, x, n0=args.n0, index=index, **own, **how)
         sure = f", certified within an l2 radius of {radius:.6f}" if radius else ""
         vote = predict(f, x, index=index, **how)
         print(f"{file}: {names[guess]}{sure} (without a radius: {names[vote]})")

@@ -1,6 +1,7 @@
 """Sequential certification: look again and again, stop when the table's radii are settled.
 
-    python certify.py --sigma 0.25 --procedure extras/sequential.py:sequential --out runs/sequential
+    python certify.py --sigma 0.25 --procedure extras/sequential.py:sequential \\
+        --checkpoint runs/digits/finetune_sigma_0.25.pt --out runs/sequential
 
 An image stops at a look when the largest of --radii is certified, or when the next one up is
 
@@ -37,6 +38,7 @@ def log_e_value(k, n, p):
     trial, by q/p or (1-q)/(1-p); if P[success] = s <= p its mean is s q/p + (1-s)(1-q)/(1-p) <= 1,
     with equality at s = p. So the ratio, and its average E, is a non-negative supermartingale that
     starts at 1, and by Ville's inequality P[E ever reaches 1/alpha] <= alpha.
+    (notebook 02, (2.11), (2.12))
     """
     a, b = 0.5 + k, 0.5 + n - k
     with np.errstate(divide="ignore"):
@@ -46,7 +48,7 @@ def log_e_value(k, n, p):
 
 
 def anytime_lower_bound(k, n, alpha):
-    """Where log_e_value crosses log(1/alpha): P[p <= P(success), at all looks] >= 1 - alpha."""
+    """Where log_e_value crosses log(1/alpha): holds at all looks at once (notebook 02, (2.13))."""
     if k == 0:
         return 0.0                                                           # no evidence
 
@@ -83,7 +85,7 @@ def bounds_after(counts, top, n, most, alpha, before):
 
 
 def largest_radius(counts, top, n, most, alpha, sigma, bound, before):
-    """The radius that would be certified if every draw from here to `most` were a success."""
+    """The radius if every draw from here to `most` were a success (notebook 02, (2.14))."""
     p_a, p_b = before[bound]
     counts = [int(count) + (most - n) * (c == top) for c, count in enumerate(counts)]
     if bound == "one-sided":
@@ -95,7 +97,7 @@ def largest_radius(counts, top, n, most, alpha, sigma, bound, before):
 
 
 def possible_radius(counts, top, n, sigma, bound):
-    """The largest radius that probabilities may have, at an evidence of FUTILITY against more."""
+    """The largest radius there may be, at an evidence of FUTILITY (notebook 02, (2.14))."""
     runner_up, _ = rivals_of(counts, top, n)
     missing = n - sum(int(count) for count in counts)
     p_a = 1 - anytime_lower_bound(n - int(counts[top]) - missing, n, 1 / FUTILITY)
@@ -106,7 +108,7 @@ def possible_radius(counts, top, n, sigma, bound):
 
 
 def sequential(index, x, sigma, n0, n, alpha, seed, radii, bound):
-    """CERTIFY with at most n draws; as certify.fixed_n()."""
+    """CERTIFY with at most n draws; as certify.fixed_n() (notebook 02, (2.14))."""
     selection = yield index, x, generator_for(seed, index, 0, x.device), n0
     top = int(selection.numpy().argmax())
 

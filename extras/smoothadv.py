@@ -39,7 +39,7 @@ def ascend(f, x, targets, noise, step, steps, eps=math.inf):
 
     J is the logarithm of a mean, not the mean of logarithms. After each step the pixels are clipped
     to [0, 1], then the way from x is shortened to eps. Where the gradient is zero, the direction is
-    that of the first noise.
+    that of the first noise. (notebook 06, (6.4))
     """
     adversarial = x
     for _ in range(steps):
@@ -68,7 +68,7 @@ def smoothadv(
     f, x, targets, sigma, epoch, epochs,
     copies=(4, 8, 2), eps=(255 / 256, 1.0, 2.0), steps=10, warmup=10, label_smoothing=0.1,
 ):
-    """The objective; its attack has steps of 2 eps / steps. (The paper has no label smoothing.)"""
+    """Steps of 2 eps / steps. (The paper has no label smoothing.) (notebook 06, (6.4))."""
     noise = sigma * torch.randn(copies, *x.shape, device=x.device)           # m B C H W
     check_one_hot(targets)
     eps = eps * warmed_up(epoch, epochs, warmup)

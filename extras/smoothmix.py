@@ -25,7 +25,7 @@ from finetune import cross_entropy, log_smoothed
 def smoothmix_loss(logits, logits_mixed, targets, mu, eta):
     """The second term above; logits and logits_mixed (m, B, classes) under the same noise, mu (B,).
 
-    Gradients reach F(x), too. The mean is over all B images.
+    Gradients reach F(x), too. The mean is over all B images. (notebook 06, (6.7), (6.8))
     """
     log_mean = log_smoothed(logits)                                          # B classes
     right = log_mean.argmax(dim=-1) == targets.argmax(dim=-1)                # B

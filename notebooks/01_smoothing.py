@@ -103,8 +103,9 @@ def show(*things):
 
 # %%
 def pixels_and_labels(train):
-    images = certify.open_images("digits", None, train, size=8, channels=1)
-    return images.pixels.float() / images.levels, images.labels
+    images = certify.open_images("digits", None, train, size=8, channels=1, device="cpu")
+    pixels, labels = images.items.tensors
+    return pixels / images.white, labels
 
 
 def train_mlp(sigma, epochs=40, seed=0):
@@ -198,17 +199,16 @@ def count(f, x, sigma, n, generator):
 
 x = torch.rand(1, 8, 8)
 counts = count(brittle, x, 0.5, 2000, torch.Generator().manual_seed(1))
-assert torch.equal(counts, certify.count_under_noise(brittle, x, 0.5, 2000, torch.Generator().manual_seed(1)))
-requests = [(x, torch.Generator().manual_seed(1), 2000)]
-assert torch.equal(counts, certify.count_classes(brittle, requests, certify.GaussianNoise(0.5))[0])
+request = 0, x, torch.Generator().manual_seed(1), 2000                      # image 0
+assert torch.equal(counts, certify.count_under_noise(brittle, [request], 0.5)[0])
 print("of 2000 noisy copies of a random image:", counts.tolist())
 
 # %% [markdown]
-# The cell has held it against the scripts' `count_under_noise`, and against `count_classes` with its `GaussianNoise`.
-# The latter counts for many images at once: their copies share batches, from the same random numbers.
+# The cell has held it against the scripts' `count_under_noise`, which counts for many images at once: their copies
+# share batches, each image's from its own random numbers.
 
 # %%
-show(certify.count_classes)
+show(certify.count_under_noise)
 
 
 # %% [markdown]
@@ -877,12 +877,11 @@ plt.show()
 
 # %%
 def certified_curve(network, sigma, radii, n=2000):
-    rule = certify.FixedN(n, 0.001)
-    noise = certify.GaussianNoise(sigma)
     found = np.empty(len(test_x))
-    for trial in certify.certify_all(network, list(enumerate(test_x)), noise, 100, rule, batch=2000):
-        prediction, certified = trial.certificate(sigma)
-        found[trial.index] = certified if prediction == test_y[trial.index] else -1
+    trials = certify.certify_all(network, enumerate(test_x), sigma, 100, n, 0.001, batch=2000)
+    for index, _, top, _, _, bounds in trials:
+        prediction, certified = certify.certificate(top, *bounds["one-sided"], sigma)
+        found[index] = certified if prediction == test_y[index] else -1
     return np.array([(found >= r).mean() for r in radii]), found.max()
 
 
@@ -928,18 +927,20 @@ plt.show()
 # recorded one.
 
 # %%
-rows = certify.read_rows(ROOT / "results/digits/certify_sigma_0.25.tsv")
+rows = certify.read_log(ROOT / "results/digits/certify_sigma_0.25.tsv")
 checkpoint = model.read_checkpoint(ROOT / "results/digits/finetune_sigma_0.25.pt", "finetune")
 vit = certify.rebuild(checkpoint, "the checkpoint").eval()
 row = max(rows, key=lambda row: row["radius"] if row["radius"] < 0.6 else 0)
-assert row["label"] == test_y[row["idx"] // 3]
-prediction, certified = certify.certify(vit, test_x[row["idx"] // 3], 0.25, n=3000, index=row["idx"], batch=500)
-print(f"test image {row['idx']}: recorded {row['predict']} within {row['radius']:.3f} ({row['n']} draws), "
+index = int(row["idx"])
+assert row["label"] == test_y[index // 3]
+prediction, certified = certify.certify(vit, test_x[index // 3], 0.25, n=3000, index=index, batch=500)
+print(f"test image {index}: recorded {row['predict']:.0f} within {row['radius']:.3f} ({row['n']:.0f} draws), "
       f"now {prediction} within {certified:.3f} (3000 draws)")
 assert prediction == row["predict"] and abs(certified - row["radius"]) < 0.06
 
 proven, _ = certified_curve(brittle, 0.25, sizes)
-recorded = np.array([np.mean([row["correct"] and row["radius"] >= size for row in rows]) for size in sizes])
+right = rows["predict"] == rows["label"]
+recorded = np.array([np.mean(right & (rows["radius"] >= size)) for size in sizes])
 networks = {
     "brittle network, trained on clean images": (survives, proven),
     "transformer, fine-tuned under noise": (accuracy_under_attack(vit, sizes), recorded),

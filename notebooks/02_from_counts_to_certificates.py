@@ -55,6 +55,7 @@ import math
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "certify.py").is_file())
 sys.path.insert(0, str(ROOT))                              # works from notebooks/ and from the repository's root
@@ -71,6 +72,7 @@ from scipy.special import betaincc, betaln, expit, gammaln, xlogy
 import certify
 import model
 from certify import certified_radius, lower_confidence_bound  # the two that occur everywhere
+from extras import integer_noise, sequential
 
 # %matplotlib inline
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "0.5"      # Okabe and Ito's colours
@@ -96,24 +98,30 @@ def show(*things):
 #    \qquad \operatorname{sd}(\hat p) = \sqrt{p(1 - p)/n}, \tag{2.1} $$
 #
 # whatever the dimension of the image: the copies are independent, and each is either called $A$ or not. Notebook 01,
-# section 1.2, builds the count from (1.1); in the scripts it is `count_under_noise`, or `count_classes` for many
-# images at once. Here are the counts for one test digit and the committed transformer, made by `python pretrain.py &&
-# python finetune.py --sigma 0.25`.
+# section 1.2, builds the count from (1.1); in the scripts it is `count_under_noise`, for many images at once. Here are
+# the counts for one test digit and the committed transformer, made by `python pretrain.py && python finetune.py
+# --sigma 0.25`.
 
 # %%
 checkpoint = model.read_checkpoint(ROOT / "results/digits/finetune_sigma_0.25.pt", "finetune")
 vit = certify.rebuild(checkpoint, "the checkpoint").eval()
-images = certify.open_images("digits", None, train=False, size=8, channels=1)
+images = certify.open_images("digits", None, train=False, size=8, channels=1, device="cpu")
 
 
 def digit(i):
     """Test image i in [0, 1]: (1, 8, 8)."""
-    return images.pixels[i].float() / images.levels
+    return images.items[i][0] / images.white
+
+
+def counts_of(f, x, sigma, n, index, phase, batch=100):
+    """The scripts' counts (K,) on n noisy copies of image `index`; the phases 0, 1 and 2 select, estimate, predict."""
+    request = index, x, certify.generator_for(0, index, phase, "cpu"), n
+    return certify.count_under_noise(f, [request], sigma, batch)[0]
 
 
 index, sigma, alpha = 3, 0.25, 0.001
 x = digit(index)
-counts = certify.count_under_noise(vit, x, sigma, 4000, certify.generator_for(0, index, 1, "cpu"), batch=500)
+counts = counts_of(vit, x, sigma, 4000, index, 1, batch=500)
 noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 figure, axes = plt.subplots(1, 3, figsize=(8.6, 2.8), width_ratios=(1, 1, 2))
@@ -323,9 +331,9 @@ for n in (100, 10_000):
 
 # %%
 def certify_by_hand(f, x, sigma, n0, n, alpha, index):
-    selection = certify.count_under_noise(f, x, sigma, n0, certify.generator_for(0, index, 0, "cpu"))
+    selection = counts_of(f, x, sigma, n0, index, 0)
     top = int(selection.argmax())
-    estimation = certify.count_under_noise(f, x, sigma, n, certify.generator_for(0, index, 1, "cpu"))
+    estimation = counts_of(f, x, sigma, n, index, 1)
     k = int(estimation[top])
     p_a = stats.beta.ppf(alpha, k, n - k + 1) if k else 0.0
     if p_a <= 1 / 2:
@@ -344,17 +352,17 @@ for i in range(0, 360, 45):
 # $\overline{p_B}$ from the counts of the other classes (section 2.11); with $\overline{p_B} = 1 - \underline{p_A}$,
 # to abstain at $\underline{p_A} \le \overline{p_B}$ is to abstain at $\underline{p_A} \le \frac12$.
 #
-# For a whole test set the scripts go through the same steps with many images at once, so that their copies fill
-# batches together. Then each image is a `Trial`: `Trial.absorb` selects and counts, `FixedN.decide` bounds,
-# `Trial.certificate` abstains or answers, and `certify_all` keeps a pool of them busy. The counts are the same.
+# The scripts have the steps in a generator, `fixed_n`, which asks for counts and makes bounds of them; `certificate`
+# abstains or answers. `certify_all` keeps a pool of such generators busy, one for each image, so that the copies of many images
+# fill batches together; `certify` has a pool of one. The counts are the same.
 
 # %%
-show(certify.Trial, certify.FixedN, certify.certify_all)
+show(certify.fixed_n, certify.certificate, certify.certify_all)
 
 # %%
 some = [(i, digit(i)) for i in range(0, 40, 5)]
-pool = certify.certify_all(vit, some, certify.GaussianNoise(sigma), 100, certify.FixedN(500, alpha), batch=500)
-pooled = {trial.index: trial.certificate(sigma) for trial in pool}
+pool = certify.certify_all(vit, some, sigma, 100, 500, alpha, batch=500)
+pooled = {i: certify.certificate(top, *bounds["one-sided"], sigma) for i, _, top, _, _, bounds in pool}
 assert pooled == {i: certify_by_hand(vit, x, sigma, 100, 500, alpha, i) for i, x in some}
 print("certify and certify_all agree:", pooled)
 
@@ -433,8 +441,7 @@ for _ in range(300):
     assert certify.clear_winner(torch.tensor(tally), a) == winner_by_hand(tally.tolist(), a)
 
 answers = [certify.predict(on_the_plane, zero, 0.25, n=100, alpha=0.05, index=i) for i in range(1000)]
-tallies = [certify.count_under_noise(on_the_plane, zero, 0.25, 100, certify.generator_for(0, i, 2, "cpu"))
-           for i in range(1000)]
+tallies = [counts_of(on_the_plane, zero, 0.25, 100, i, 2) for i in range(1000)]
 assert answers == [winner_by_hand(tally.tolist(), 0.05) for tally in tallies]
 answered = np.mean(np.array(answers) != certify.ABSTAIN)
 print(f"with equal classes, predict answers in {answered:.1%} of runs; allowed are 5 %")
@@ -465,7 +472,7 @@ for n in (10, 1000, 100_000):
     approximation = math.sqrt(2 * math.log(max(1, n / (2 * math.log(1 / alpha)))))
     assert abs(largest - stats.norm.ppf(share)) < 1e-6
     assert n < 1000 or 0 < approximation - largest < 0.5
-rows = certify.read_rows(ROOT / "results/digits/certify_sigma_0.25.tsv")
+rows = certify.read_log(ROOT / "results/digits/certify_sigma_0.25.tsv")
 cap = certified_radius(lower_confidence_bound(10_000, 10_000, alpha), 0.25)
 for row in rows:
     p_a = lower_confidence_bound(row["count"], row["n"], alpha)
@@ -514,9 +521,10 @@ plt.show()
 # (The envelope over several $\sigma$ in the literature's tables chooses among whole curves, each of them a valid
 # statement; the choice is made on the test set. Notebook 05 says what that means.)
 #
-# The two random streams of an image, and a third for `predict`, are kept apart by `generator_for`. A stream belongs to
-# a seed, an image and a phase, and the same three give the same draws. For one seed no two images or phases share a
-# key, since every line of the mixing is a bijection of 32-bit numbers:
+# The two random streams of an image, a third for `predict`, and a fourth that tells a classifier from another one when
+# a run goes on, are kept apart by `generator_for`. A stream belongs to a seed, an image and a phase, and the same
+# three give the same draws. For one seed no two images or phases share a key, since every line of the mixing is a
+# bijection of 32-bit numbers:
 
 # %%
 show(certify.generator_for)
@@ -683,7 +691,7 @@ for a, errors in peeked.items():
 #    {\operatorname{beta}(\frac12, \frac12)\; \Pr[\operatorname{Beta}(\frac12, \frac12) > p_0]}\;
 #    p_0^{-k} (1 - p_0)^{-(n-k)}. $$
 #
-# In code: its logarithm, and a bisection. The scripts' `log_e_value` and `anytime_lower_bound` must agree.
+# In code: its logarithm, and a bisection. `log_e_value` and `anytime_lower_bound` of `extras/sequential.py` must agree.
 
 # %%
 def log_evidence(k, n, p0):
@@ -708,9 +716,9 @@ for _ in range(200):
     n = int(random.integers(1, 3000))
     k, p0 = int(random.integers(0, n + 1)), random.uniform(0.01, 0.99)
     if betaincc(k + 0.5, n - k + 0.5, p0) > 0:
-        assert np.isclose(log_evidence(k, n, p0), certify.log_e_value(k, n, p0), rtol=1e-9, atol=1e-9)
+        assert np.isclose(log_evidence(k, n, p0), sequential.log_e_value(k, n, p0), rtol=1e-9, atol=1e-9)
     if k > 0.6 * n:
-        assert np.isclose(anytime_by_hand(k, n, 0.001), certify.anytime_lower_bound(k, n, 0.001), rtol=1e-9, atol=0)
+        assert np.isclose(anytime_by_hand(k, n, 0.001), sequential.anytime_lower_bound(k, n, 0.001), rtol=1e-9, atol=0)
 for k, n in ((60, 100), (600, 1000), (6000, 10_000)):
     print(f"k = {k:4} of {n:5}: any time {anytime_by_hand(k, n, alpha):.4f}, "
           f"one look {lower_confidence_bound(k, n, alpha):.4f}")
@@ -735,12 +743,12 @@ for k, n, p0 in ((3, 10, 0.5), (70, 100, 0.5), (95, 100, 0.8), (0, 5, 0.3)):
     assert abs(math.exp(log_evidence(k, n, p0)) / integral - 1) < 1e-6
 
 k, n, p0 = np.arange(201), 200, 0.7
-evidence = np.exp(certify.log_e_value(k, n, p0))
+evidence = np.exp(sequential.log_e_value(k, n, p0))
 mean = {p: float(stats.binom.pmf(k, n, p) @ evidence) for p in (0.7, 0.69, 0.6)}
 print("mean of E after 200 draws against p <= 0.7:", {p: round(value, 4) for p, value in mean.items()})
 assert abs(mean[0.7] - 1) < 1e-8 and mean[0.69] < 1 and mean[0.6] < mean[0.69]
 
-anytime = {a: peeking_error(certify.anytime_lower_bound, looks, 0.75, a) for a in (0.05, 0.001)}
+anytime = {a: peeking_error(sequential.anytime_lower_bound, looks, 0.75, a) for a in (0.05, 0.001)}
 for a, errors in anytime.items():
     print(f"alpha = {a}: error of the anytime bound after 50 looks {errors[-1]:.5f}")
     assert 0 < errors[-1] <= a
@@ -758,7 +766,7 @@ steps = np.arange(10, 1501, 10)
 for true, colour, name in ((0.5, BLUE, "true: p = 0.5"), (0.58, ORANGE, "false: p = 0.58")):
     for run in range(12):
         path = random.binomial(10, true, len(steps)).cumsum()
-        axes[1].plot(steps, certify.log_e_value(path, steps, 0.5) / math.log(10), color=colour, linewidth=0.8,
+        axes[1].plot(steps, sequential.log_e_value(path, steps, 0.5) / math.log(10), color=colour, linewidth=0.8,
                      alpha=0.8, label=name if run == 0 else None)
 axes[1].axhline(3, color="black", linewidth=1)
 axes[1].text(1480, 2.2, "1/α = 1000", ha="right", bbox=dict(facecolor="white", edgecolor="none", pad=1))
@@ -785,8 +793,8 @@ plt.show()
 # $$ \sigma\,\Phi^{-1}\bigl(\max\{\underline p_n,\ \underline p_{\alpha/2}(k + n_{\max} - n)\}\bigr) < r
 #    \qquad\text{or}\qquad \sigma\,\Phi^{-1}\bigl(1 - \underline p_{n,\,1/100}(n - k)\bigr) \le r. \tag{2.14} $$
 #
-# On the left stands `Sequential.most`, with the bound (2.2) after all $n_{\max}$ draws at the error $\alpha/2$. On the
-# right stands `Sequential.possible`, with the anytime bound for $n - k$ failures in $n$ draws at the error $1/100$.
+# On the left stands `largest_radius`, with the bound (2.2) after all $n_{\max}$ draws at the error $\alpha/2$. On the
+# right stands `possible_radius`, with the anytime bound for $n - k$ failures in $n$ draws at the error $1/100$.
 # Futility needs no share of $\alpha$. The anytime bounds hold at all looks at once, hence at the one where one stops,
 # for whatever reason. A wrong stop can make a radius smaller, never false.
 #
@@ -799,8 +807,9 @@ plt.show()
 # Drawing as much as an image needs has been done before: Horváth et al. (2022) do it in stages that share $\alpha$,
 # Chen et al. (2022) choose the number of draws for each image, and Voracek (2024) uses bounds that hold at all times.
 #
-# In the page, the rule is (2.14) and a dozen lines around it. In the scripts it is `Sequential`. Both must agree at
-# every look, on the bound, on the two radii of (2.14) and on whether to stop.
+# In the page, the rule is (2.14) and a dozen lines around it. In `extras/sequential.py` it is `sequential`, a generator
+# as `fixed_n` is, for `certify.py --procedure`. Both must agree at every look, on the bound, on the two radii of (2.14)
+# and on whether to stop.
 
 # %%
 def anytime_or_none(k, n, alpha):
@@ -830,20 +839,41 @@ def look_by_hand(k, n, n_max, best, sigma, radii):
     return best, None
 
 
+def looks_of(rule, toss):
+    """Send counts toss(copies) to the scripts' generator, class 0 selected; yield (counts, n, its result or None)."""
+    next(rule)
+    copies = rule.send(torch.tensor([1, 0]))[3]
+    counts, n, result = 0, 0, None
+    while result is None:
+        fresh = torch.tensor(toss(copies))
+        counts, n = counts + fresh, n + copies
+        try:
+            copies = rule.send(fresh)[3]
+        except StopIteration as end:
+            result = end.value
+        yield counts, n, result
+
+
+NOTHING = {"one-sided": (0.0, 1.0), "two-sided": (0.0, 1.0)}                # the bounds before the first look
 random, n_max, radii, s = np.random.default_rng(16), 5000, (0.25, 0.5, 1.0), 0.5
-rule = certify.Sequential(n_max, alpha, s, radii)
 reasons = dict.fromkeys(("all draws made", "all radii proven", "out of reach", "futile"), 0)
 for p in stats.norm.cdf(random.uniform(-0.2, 3, 60)):
-    k, n, best, bounds, reason = 0, 0, 0.0, None, None
-    while reason is None:
-        look = rule.next_look(n)
-        k, n = k + int(random.binomial(look - n, p)), look
+    def toss(copies, p=p):
+        k = int(random.binomial(copies, p))
+        return [k, copies - k]
+
+    best, bounds = 0.0, NOTHING
+    rule = sequential.sequential(0, zero, s, 1, n_max, alpha, 0, radii, "one-sided")
+    for counts_so_far, n, result in looks_of(rule, toss):
+        k = int(counts_so_far[0])
         best, reason = look_by_hand(k, n, n_max, best, s, radii)
-        counts_so_far = torch.tensor([k, n - k])
-        bounds, stop = rule.decide(counts_so_far, 0, n, bounds)
-        assert np.isclose(bounds["one-sided"][0], best, rtol=1e-9, atol=0) and stop == (reason is not None)
-        assert np.isclose(rule.most(counts_so_far, 0, n, bounds), most_by_hand(k, n, n_max, best, s))
-        assert np.isclose(rule.possible(counts_so_far, 0, n), possible_by_hand(k, n, s))
+        bounds = sequential.bounds_after(counts_so_far, 0, n, n_max, alpha, bounds)
+        assert np.isclose(bounds["one-sided"][0], best, rtol=1e-9, atol=0) and (result is None) == (reason is None)
+        most = sequential.largest_radius(counts_so_far, 0, n, n_max, alpha, s, "one-sided", bounds)
+        assert np.isclose(most, most_by_hand(k, n, n_max, best, s))
+        possible = sequential.possible_radius(counts_so_far, 0, n, s, "one-sided")
+        assert np.isclose(possible, possible_by_hand(k, n, s))
+    assert result[2:] == (n, bounds)
     reasons[reason] += 1
 print("why 60 images stopped:", reasons)
 assert min(reasons.values()) > 0
@@ -852,7 +882,7 @@ assert min(reasons.values()) > 0
 # The scripts' rule, whole:
 
 # %%
-show(certify.Sequential)
+show(sequential.sequential, sequential.bounds_after, sequential.largest_radius, sequential.possible_radius)
 
 
 # %% [markdown]
@@ -862,26 +892,25 @@ show(certify.Sequential)
 # boundary itself.) And after a futile stop the evidence (2.11) against the next radius must be at least 100.
 
 # %%
-def run_sequential(p, rule, random):
+def run_sequential(p, r, sigma, random):
     """(bound, successes, draws) when the rule stops, on two classes of the shares p and 1 - p."""
-    k = n = 0
-    bounds, stop = None, False
-    while not stop:
-        look = rule.next_look(n)
-        k, n = k + random.binomial(look - n, p), look
-        bounds, stop = rule.decide(torch.tensor([k, n - k]), 0, n, bounds)
+    def toss(copies):
+        k = random.binomial(copies, p)
+        return [k, copies - k]
+
+    rule = sequential.sequential(0, zero, sigma, 1, 100_000, alpha, 0, [r], "one-sided")
+    *_, (counts, n, (_, _, _, bounds)) = looks_of(rule, toss)
     lower, _ = bounds["one-sided"]
-    return lower, k, n
+    return lower, int(counts[0]), n
 
 
 random, r, sigma = np.random.default_rng(6), 0.5, 0.5
-rule = certify.Sequential(100_000, alpha, sigma, [r])
 true_shares = stats.norm.cdf(np.array([0.2, 0.6, 0.8, 0.9, 0.96, 1.04, 1.1, 1.2, 1.5, 2.0]))   # radii 0.2 sigma, ...
 draws = np.empty((len(true_shares), 4))
 futile = 0
 for row, p in enumerate(true_shares):
     for column in range(4):
-        lower, k, n = run_sequential(p, rule, random)
+        lower, k, n = run_sequential(p, r, sigma, random)
         assert lower <= p                                                   # fails with probability 0.001 a run
         settled = sigma * stats.norm.ppf(lower) >= r
         reachable = lower_confidence_bound(k + 100_000 - n, 100_000, alpha / 2) > stats.norm.cdf(r / sigma)
@@ -1074,16 +1103,16 @@ for axis, s in zip(axes, (0.5, 1.0), strict=True):
     axis.fill_between([-3, 3], [3, -3], 3, color="0.9")
     axis.text(0.9, 0.35, "$p_B > 1 - p_A$:\nimpossible", fontsize=9)
 
-    rule = certify.FixedN(2000, alpha)
-    found = list(certify.certify_all(vit, digits, certify.GaussianNoise(s), 100, rule, batch=500))
+    found = list(certify.certify_all(vit, digits, s, 100, 2000, alpha, batch=500))
     tally = dict.fromkeys(states, 0)
-    for trial in found:
-        certifies = [trial.certificate(s, bound)[0] != certify.ABSTAIN for bound in ("one-sided", "two-sided")]
+    for _, _, top, _, _, bounds in found:
+        answers = [certify.certificate(top, *bounds[one], s)[0] for one in ("one-sided", "two-sided")]
+        certifies = [answer != certify.ABSTAIN for answer in answers]
         state = states[2 - sum(certifies)]
         assert certifies[1] or not certifies[0]                # no theorem: it could fail by a hair at p_A = 1/2
         tally[state] += 1
         name, colour, marker = state
-        p_a, p_b = trial.bounds["two-sided"]
+        p_a, p_b = bounds["two-sided"]
         label = name if tally[state] == 1 else None
         axis.plot(stats.norm.ppf(p_a), stats.norm.ppf(p_b), marker, color=colour, markersize=5, zorder=3, label=label)
     axis.set(xlim=(-2.1, 2.6), ylim=(-2.6, 1.0), xlabel="$p_A$, at least", title=rf"$\sigma$ = {s:g}",
@@ -1092,8 +1121,8 @@ for axis, s in zip(axes, (0.5, 1.0), strict=True):
 
     print(f"sigma = {s:g}, of {len(found)} digits: "
           + ", ".join(f"{count} {name}" for (name, *_), count in tally.items()))
-    right = [trial for trial in found if trial.top == images.labels[trial.index]]
-    mean = {bound: sum(trial.certificate(s, bound)[1] for trial in right) / len(found)
+    right = [(top, bounds) for i, _, top, _, _, bounds in found if top == images.labels[i]]
+    mean = {bound: sum(certify.certificate(top, *bounds[bound], s)[1] for top, bounds in right) / len(found)
             for bound in ("one-sided", "two-sided")}
     print("  average certified radius: " + ", ".join(f"{bound} {value:.3f}" for bound, value in mean.items()))
     assert mean["two-sided"] > 1.2 * mean["one-sided"] and tally[states[1]] > 0
@@ -1114,7 +1143,7 @@ index = 144
 x = digit(index)
 settings = dict(sigma=0.5, n0=100, n=4000, alpha=alpha, index=index, batch=500)
 answer = {bound: certify.certify(vit, x, bound=bound, **settings) for bound in ("one-sided", "two-sided")}
-counts = certify.count_under_noise(vit, x, 0.5, 4000, certify.generator_for(0, index, 1, "cpu"), batch=500)
+counts = counts_of(vit, x, 0.5, 4000, index, 1, batch=500)
 p_a, p_b = certify.two_sided_bounds(counts, 8, 4000, alpha)
 print(f"image {index}, a {images.labels[index]}: one-sided {answer['one-sided']}, two-sided {answer['two-sided']}; "
       f"p_A = {p_a:.3f}, p_B = {p_b:.3f}")
@@ -1123,7 +1152,7 @@ assert answer["two-sided"] == (8, certify.round_down(certified_radius(p_a, 0.5, 
 
 # Nothing in reach may change g's answer; PREDICT says so, or abstains. Try the way to the rival's nearest digit.
 rival = int(counts.argsort()[-2])
-others = images.pixels[images.labels == rival].float() / images.levels
+others = images.items.tensors[0][images.labels == rival] / images.white
 towards = min((other - x for other in others), key=lambda way: way.norm())
 pushed = x + 0.999 * answer["two-sided"][1] * towards / towards.norm()
 answer_there = certify.predict(vit, pushed, 0.5, n=4000, alpha=alpha, index=index, batch=500)
@@ -1199,14 +1228,14 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# **Sequential, too.** `Sequential` keeps both pairs at every look. Its two-sided pair is (2.17) with
+# **Sequential, too.** `sequential` keeps both pairs at every look. Its two-sided pair is (2.17) with
 # the anytime bound in place of (2.2), at $\alpha/2$ as before: half of that for $A$, half for the rivals. The upper
 # bound of a rival is again one minus the lower bound of its failures. After the last draw comes (2.17) itself, at the
 # other $\alpha/2$. The two radii of (2.14) are two-sided, too. The most that can be proven is what (2.17) says if all
 # draws to come are $A$'s. The largest that is not refuted has $p_A$ at its upper bound and the largest rival at its
-# lower bound, each an anytime bound at the error $1/100$. `bound=` says which of the radii the rule for stopping means.
+# lower bound, each an anytime bound at the error $1/100$. `bound` says which of the radii the rule for stopping means.
 #
-# In the page, and against `Sequential`, with a few draws:
+# In the page, and against `bounds_after`, `largest_radius` and `possible_radius`, with a few draws:
 
 # %%
 def anytime_pair(tally, top, a):
@@ -1228,22 +1257,21 @@ def signed_radius(pair, sigma):
 
 
 random, n_max = np.random.default_rng(17), 300
-rule = certify.Sequential(n_max, alpha, 0.5, [0.1], bound="two-sided", first=100)
 for _ in range(5):
-    tally, best, bounds, shares = np.zeros(4, dtype=int), (0.0, 1.0), None, random.dirichlet(np.ones(4))
+    tally, best, bounds, shares = np.zeros(4, dtype=int), (0.0, 1.0), NOTHING, random.dirichlet(np.ones(4))
     for n in range(100, n_max + 1, 100):
         tally = tally + random.multinomial(100, shares)
         best = better(best, anytime_pair(tally, 0, alpha / 2))
         if n == n_max:
             best = better(best, pair_by_hand(tally, 0, alpha / 2))
-        bounds = rule.bounds(tally, 0, n, bounds)
+        bounds = sequential.bounds_after(tally, 0, n, n_max, alpha, bounds)
         assert np.allclose(bounds["two-sided"], best, rtol=1e-9, atol=1e-9)
         all_for_a = tally + np.array([n_max - n, 0, 0, 0])
         most = signed_radius(better(best, pair_by_hand(all_for_a, 0, alpha / 2)), 0.5)
-        assert np.isclose(rule.most(tally, 0, n, bounds), most)
+        assert np.isclose(sequential.largest_radius(tally, 0, n, n_max, alpha, 0.5, "two-sided", bounds), most)
         at_best = (1 - anytime_or_none(n - tally[0], n, 1 / 100), anytime_or_none(max(tally[1:]), n, 1 / 100))
-        assert np.isclose(rule.possible(tally, 0, n), signed_radius(at_best, 0.5))
-print("the two-sided pair, and both radii of (2.14), are those of Sequential")
+        assert np.isclose(sequential.possible_radius(tally, 0, n, 0.5, "two-sided"), signed_radius(at_best, 0.5))
+print("the two-sided pair, and both radii of (2.14), are those of sequential")
 
 # %% [markdown]
 # **Check** with multinomial draws for our digit's shares: does the pair hold at the end, and how many draws does it
@@ -1253,13 +1281,10 @@ print("the two-sided pair, and both radii of (2.14), are those of Sequential")
 random, true = np.random.default_rng(13), (counts / 4000).double().numpy()
 order = [8] + [c for c in range(10) if c != 8]
 for bound in ("one-sided", "two-sided"):
-    rule, spent = certify.Sequential(100_000, alpha, 0.5, [0.1], bound=bound), []
+    spent = []
     for _ in range(5):
-        tally, n, pairs, stop = torch.zeros(10, dtype=torch.int64), 0, None, False
-        while not stop:
-            look = rule.next_look(n)
-            tally, n = tally + torch.tensor(random.multinomial(look - n, true[order])), look
-            pairs, stop = rule.decide(tally, 0, n, pairs)
+        rule = sequential.sequential(index, x, 0.5, 1, 100_000, alpha, 0, [0.1], bound)
+        *_, (_, n, (_, _, _, pairs)) = looks_of(rule, lambda copies: random.multinomial(copies, true[order]))
         p_a, p_b = pairs["two-sided"]
         assert p_a <= true[8] and p_b >= true[order[1:]].max()              # fails with probability 0.001 a run
         assert (radius_of(pairs[bound], 0.5) >= 0.1) == (bound == "two-sided")
@@ -1302,7 +1327,8 @@ for bound in ("one-sided", "two-sided"):
 # The other reading, "all $M$ certificates hold, with probability $1 - \alpha$", needs the union bound: run each image
 # at $\alpha / M$. By (2.7) that is cheap in radius, as $\ln(1/\alpha)$ grows slowly.
 #
-# In the page, $q$ is added up from its definition, in exact fractions. The scripts' `excess` is a quantile.
+# In the page, $q$ is added up from its definition, in exact fractions, and is taken as a quantile, too. The scripts
+# print the measured accuracy; `excess`, over $M$, is what to subtract from it.
 
 # %%
 def excess_by_hand(M, alpha, rho):
@@ -1315,10 +1341,15 @@ def excess_by_hand(M, alpha, rho):
     return j
 
 
+def excess(M, alpha, rho=0.001):
+    """(2.19), as a quantile of the binomial distribution."""
+    return int(stats.binom.ppf(1 - rho, M, alpha))
+
+
 rho = 0.001
 for M, a in ((1, 0.001), (20, 0.05), (120, 0.001), (500, 0.001), (1000, 0.002)):
-    assert certify.excess(M, a, rho) == excess_by_hand(M, a, rho)
-print("images, false certificates:", {M: certify.excess(M, alpha, rho) for M in (120, 500, 10_000)})
+    assert excess(M, a, rho) == excess_by_hand(M, a, rho)
+print("images, false certificates:", {M: excess(M, alpha, rho) for M in (120, 500, 10_000)})
 
 # %% [markdown]
 # **Check.** Unequal error chances do no harm (their distribution is computed by convolution);
@@ -1335,16 +1366,16 @@ for factor in (1, 2):                                                       # un
     bernstein = 10 + math.sqrt(factor * 10 * 0.999 * math.log(1 / rho)) + math.log(1 / rho) / 3
     beyond = stats.binom.sf(math.floor(bernstein), 10_000, 0.001)
     print(f"Bernstein with factor {factor}: {bernstein:.1f} false certificates, "
-          f"exceeded with probability {beyond:.5f}; quantile: {certify.excess(10_000, 0.001, rho)}")
+          f"exceeded with probability {beyond:.5f}; quantile: {excess(10_000, 0.001, rho)}")
     assert (beyond <= rho) == (factor == 2)
 
-summary = certify.Summary(rows)
-q = excess_by_hand(summary.m, alpha, rho)
-print(f"committed run: M = {summary.m} images, at most q = {q} false certificates, with 99.9 %")
+q = excess_by_hand(len(rows), alpha, rho)
+print(f"committed run: M = {len(rows)} images, at most q = {q} false certificates, with 99.9 %")
+curve = certify.read_curve(ROOT / "results/digits/certify_sigma_0.25.tsv")
 for r in (0.0, 0.25, 0.5):
-    print(f"  r = {r:4}: measured {100 * summary.accuracy(r):.1f} %, true value at least "
-          f"{100 * summary.guaranteed(r):.1f} %")
-    assert np.isclose(summary.accuracy(r) - summary.guaranteed(r), q / summary.m)
+    measured = np.mean((rows["predict"] == rows["label"]) & (rows["radius"] >= r))
+    print(f"  r = {r:4}: measured {100 * measured:.1f} %, true value at least {100 * (measured - q / len(rows)):.1f} %")
+    assert np.isclose(certify.certified_accuracy(curve, r), measured)
 each = certified_radius(lower_confidence_bound(100_000, 100_000, alpha), 1.0)
 together = certified_radius(lower_confidence_bound(100_000, 100_000, alpha / 10_000), 1.0)
 print(f"largest radius from 100 000 draws: {each:.3f} sigma at alpha, {together:.3f} sigma at alpha / 10 000")
@@ -1352,10 +1383,10 @@ assert 0.9 * each < together < each
 
 M = np.unique(np.geomspace(20, 50_000, 300).astype(int))
 figure, axis = plt.subplots(figsize=(5.6, 3.6))
-axis.loglog(M, [100 * certify.excess(int(j), alpha) / j for j in M], color=BLUE, label=r"$q/M$, $\rho = 0.001$: exact")
+axis.loglog(M, [100 * excess(int(j), alpha) / j for j in M], color=BLUE, label=r"$q/M$, $\rho = 0.001$: exact")
 axis.axhline(100 * alpha, color="black", linestyle=":", label=r"mean, $\alpha$")
 for size, name in ((500, "500"), (10_000, "10 000")):
-    lost = 100 * certify.excess(size, alpha) / size
+    lost = 100 * excess(size, alpha) / size
     axis.plot(size, lost, "o", color=ORANGE)
     axis.annotate(f"{name} images: {lost:.2f} %", (size, lost), xytext=(0, 22), textcoords="offset points",
                   arrowprops=dict(arrowstyle="-", color=GREY, linewidth=0.8, shrinkB=4))
@@ -1395,8 +1426,7 @@ assert prediction == 1 and radius > 1 and at_zero == 0                      # a 
 places = np.linspace(0, 1, 101)
 share = []
 for i, place in enumerate(places):
-    counts = certify.count_under_noise(coarse, torch.full((1, 1, 1), float(place)), sigma, 2000,
-                                       certify.generator_for(0, i, 1, "cpu"), batch=1000)
+    counts = counts_of(coarse, torch.full((1, 1, 1), float(place)), sigma, 2000, i, 1, batch=1000)
     share.append(counts[1].item() / 2000)
 figure, axis = plt.subplots(figsize=(5.6, 3.4))
 axis.plot(places, 100 * np.array(share), ".", color=ORANGE, label="floats: counted")
@@ -1418,7 +1448,7 @@ plt.show()
 # with $\operatorname{round}$ to the nearest multiple of $1/G$. So all that is ever needed is an integer $j$ with
 # these probabilities, for each pixel. It is drawn from 53 random bits and a table of the cumulative probabilities.
 # Draws that the last bits of the table would decide are not counted for $A$. This is in substance the method of
-# Voracek and Hein (ICLR 2023); in the scripts it is `GridNoise`, the option `--sound`.
+# Voracek and Hein (ICLR 2023); in the scripts it is `GridNoise` of `extras/integer_noise.py`.
 #
 # In the page, without the care for the last bits, it is four lines:
 
@@ -1435,11 +1465,10 @@ random = np.random.default_rng(8)
 for _ in range(20):
     s, G = random.uniform(0.1, 1), int(random.integers(2, 256))
     x = torch.randint(G + 1, (1, 6, 6)) / G
-    out = torch.empty(100, 1, 6, 6)
-    certify.GridNoise(s, G, torch.device("cpu"))(x, torch.Generator().manual_seed(3), out)
+    out, _ = integer_noise.GridNoise(s, G, torch.device("cpu"))(x, torch.Generator().manual_seed(3), copies=100)
     j = rounded_noise(s, G, out.shape, torch.Generator().manual_seed(3))
     assert np.array_equal(np.round((out * G).double().numpy()), np.round((x * G).double().numpy()) + j)
-show(certify.GridNoise)
+show(integer_noise.GridNoise)
 
 # %% [markdown]
 # **Check.** The frequencies of the integers against (2.21); the identity on the left by exact rational
@@ -1447,9 +1476,8 @@ show(certify.GridNoise)
 # of $1/16$ and stay such.
 
 # %%
-grid = certify.GridNoise(sigma, 16, torch.device("cpu"))
-out = torch.empty(100, 1, 30, 30)
-counted = grid(torch.zeros(1, 30, 30), torch.Generator().manual_seed(0), out)
+grid = integer_noise.GridNoise(sigma, 16, torch.device("cpu"))
+out, counted = grid(torch.zeros(1, 30, 30), torch.Generator().manual_seed(0), copies=100)
 j = (out * 16).round().long().flatten().numpy()
 values = np.arange(-12, 13)
 probability = stats.norm.cdf((values + 0.5) / (16 * sigma)) - stats.norm.cdf((values - 0.5) / (16 * sigma))
@@ -1466,10 +1494,11 @@ for numerator in range(17):
     for e in np.random.default_rng(numerator).normal(size=50):
         x, e = Fraction(numerator, 16), Fraction(float(e))
         assert nearest(x + e) == x + nearest(e)
+settings = SimpleNamespace(sigma=sigma, n0=100, n=20_000, alpha=alpha, seed=0, bound="one-sided")
 for place in (one, zero):
-    (trial,) = certify.certify_all(coarse, [(0, place)], grid, 100, certify.FixedN(20_000, alpha))
-    print(f"grid noise, x = {place.item():.0f}: {trial.certificate(sigma)}")
-    assert trial.certificate(sigma)[0] == 1
+    answer = integer_noise.certify_on_grid(coarse, place, grid, 0, settings)
+    print(f"grid noise, x = {place.item():.0f}: {answer}")
+    assert answer[0] == 1
 
 figure, axis = plt.subplots(figsize=(5.6, 3.2))
 axis.bar(values, 100 * observed, color=BLUE, width=0.7, label="drawn, 90 000")
@@ -1563,7 +1592,7 @@ print(f"exercise 2: {needed} draws")
 print(f"exercise 4: {growth(0.6, 0.6, 0.5):.4f} a draw, {waited.mean():.0f} draws on average")
 for n, better in ((100, "any time"), (5000, "Bonferroni")):
     bonferroni = lower_confidence_bound(n * 3 // 4, n, 0.001 / 50)
-    any_time = certify.anytime_lower_bound(n * 3 // 4, n, 0.001)
+    any_time = sequential.anytime_lower_bound(n * 3 // 4, n, 0.001)
     print(f"exercise 5, n = {n:4}: Bonferroni {bonferroni:.4f}, any time {any_time:.4f}")
     assert (bonferroni > any_time) == (better == "Bonferroni")
 
@@ -1595,7 +1624,7 @@ for _ in range(3000):
     n = int(random.integers(1, 500))
     k, p0 = int(random.integers(0, n + 1)), random.uniform(0.02, 0.98)
     q0, share, step = 1 - p0, k / n, 1e-6
-    log_e = certify.log_e_value(k, n, p0)
+    log_e = sequential.log_e_value(k, n, p0)
     density_over_mass = stats.beta.pdf(p0, 0.5, 0.5) / stats.beta.sf(p0, 0.5, 0.5)
     assert density_over_mass <= 1 / (2 * q0 * math.sqrt(p0)) + 1e-9
     divergence = xlogy(share, share / p0) + xlogy(1 - share, (1 - share) / q0)
@@ -1604,7 +1633,7 @@ for _ in range(3000):
         continue
     refuted += 1
     slope = density_over_mass * (1 - math.exp(-log_e)) - n * (share - p0) / (p0 * q0)
-    difference = certify.log_e_value(k, n, p0 + step) - certify.log_e_value(k, n, p0 - step)
+    difference = sequential.log_e_value(k, n, p0 + step) - sequential.log_e_value(k, n, p0 - step)
     assert log_e <= n * divergence + 1e-9 and slope < 0 and np.isclose(difference / (2 * step), slope, rtol=1e-3)
 print(f"{refuted} of 3000 random claims were refuted; E falls at each of them")
 assert refuted > 500

@@ -58,6 +58,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -104,9 +105,9 @@ checkpoint = model.read_checkpoint(ROOT / "results/digits/pretrain.pt", "pretrai
 dmae = model.DenoisingMaskedAutoencoder(**checkpoint["config"]).eval().requires_grad_(False)
 model.load_weights(dmae, checkpoint["model"], "results/digits/pretrain.pt")
 
-digits = {split: pretrain.open_images("digits", None, train=split == "train", size=8, channels=1)
+digits = {split: pretrain.open_images("digits", None, train=split == "train", size=8, channels=1, device="cpu")
           for split in ("train", "test")}
-train, test = (images.pixels / images.levels for images in digits.values())
+train, test = (images.items.tensors[0] / images.white for images in digits.values())
 labels = digits["test"].labels
 P, N = dmae.patch_size, math.prod(dmae.grid)
 SIGMA, GAMMA = checkpoint["settings"]["sigma"], checkpoint["settings"]["mask_ratio"]
@@ -1105,8 +1106,9 @@ def lr_at(t, steps, warmup, peak):
 
 settings = checkpoint["settings"]
 peak = settings["base_lr"] * settings["batch"] / 256
-train_index, held_out = pretrain.hold_out(digits["train"], settings["holdout"])
-per_epoch, steps, warmup = pretrain.count_steps(args, len(train_index))
+train_index, held_out = pretrain.hold_out(len(train), settings["holdout"])
+_, _, per_epoch = pretrain.plan(args.batch, args.device_batch, len(train_index))
+steps, warmup = args.epochs * per_epoch, int(args.warmup_epochs * per_epoch)
 assert optimizer.defaults["lr"] == peak == 0.004
 paper = pretrain.RECIPES["imagenet-base"]
 assert math.isclose(paper["base_lr"] * paper["batch"] / 256, 2.4e-3)                      # 16 times the base
@@ -1165,40 +1167,48 @@ plt.show()
 # sums for all losses, let all losses but one in $\mathcal B_j$ be constant: then $1/(GB_j) = 1/B$, and this for every
 # $j$. $\square$
 #
-# So the scripts refuse a batch that the number of processes does not divide (`pretrain.share_batch`). Two conditions
-# hide in the notation:
+# So the scripts refuse a batch that the number of processes does not divide (`pretrain.plan`). Two conditions hide in
+# the notation:
 #
 # * **$\mathcal L_i$ belongs to image $i$ alone.** LayerNorm respects that; BatchNorm does not, see below. So does
 #   $\mathcal L_{\text{dropped}}$, since every image drops the same number of patches. With a coin per patch, the mean
 #   over dropped patches would weigh images unequally, and differently in each share.
 # * **All processes have the same weights.** They begin with rank 0's and take the same steps.
 #
-# **Micro-batches.** A share that does not fit into memory is cut into $\nu$ equal micro-batches. Their gradients add up
-# in `.grad`, so each loss is divided by $\nu$ before `backward()`: (3.22) once more, in time in place of space. DDP
-# exchanges gradients during every `backward()`; only the last exchange is needed. `no_sync` leaves the others out.
-# `train_step` is all of it:
+# **Micro-batches.** A share that does not fit into memory is cut into $\nu$ equal micro-batches. Their gradients add
+# up in `.grad`, so each loss is divided by $\nu$ before `backward()`: (3.22) once more, in time in place of space. DDP
+# exchanges gradients during every `backward()`; only the last exchange is needed. DDP's `no_sync` leaves the others
+# out. All that it does is to set `require_backward_grad_sync`, and so does `train_step`, which is all of it:
 
 # %%
-show(pretrain.train_step, pretrain.accumulating, pretrain.training_positions)
+show(pretrain.train_step, pretrain.micro_batches)
 
 # %% [markdown]
 # **Which images.** Step $t$ takes the next $B$ images in the epoch's order, whatever the number of processes.
-# `training_positions` deals them out, and the shares are disjoint:
+# `micro_batches` deals them out, and the shares are disjoint. (A process is number `RANK` of `WORLD`, as `torchrun`
+# says; here we say it.)
 
 # %%
-everything = [position for batch in pretrain.training_positions(train_index, 128, 128, 0, 3, 0, 0, 1) for position in batch]
-order = pretrain.order_of(0, len(train_index), 0)
-assert [image for _, image in everything] == train_index[order[:3 * 128]].tolist()
+def dealt_to(rank, processes, device_batch):
+    """The images of each micro-batch of the first epoch, of that process among so many."""
+    with mock.patch.multiple(pretrain, RANK=rank, WORLD=processes):
+        return pretrain.micro_batches(train_index, 128, device_batch, epoch=0, seed=0)
+
+
+everything = torch.cat(dealt_to(0, 1, 128)[:3])                                           # of three steps
+order = torch.randperm(len(train_index), generator=pretrain.generator(pretrain.seed_of(0, 0)))
+assert torch.equal(everything, train_index[order[:3 * 128]])
 for processes in (2, 4):
-    device_batch, micro_batches = pretrain.share_batch(128, processes, largest=16)
-    dealt = [position for rank in range(processes)
-             for batch in pretrain.training_positions(train_index, 128, device_batch, 0, 3, 0, rank, processes)
-             for position in batch]
+    with mock.patch.multiple(pretrain, WORLD=processes):
+        device_batch, micro_batches, _ = pretrain.plan(128, 16, len(train_index))
+    dealt = torch.cat([part for rank in range(processes)
+                       for part in dealt_to(rank, processes, device_batch)[:3 * micro_batches]])
     assert device_batch * micro_batches * processes == 128
-    assert sorted(dealt) == sorted(everything) and len(set(dealt)) == len(dealt)
+    assert torch.equal(dealt.sort().values, everything.sort().values) and len(dealt.unique()) == len(dealt)
 print("2 or 4 processes see the images that one process sees, each of them once")
 try:
-    pretrain.share_batch(128, 3, largest=128)
+    with mock.patch.multiple(pretrain, WORLD=3):
+        pretrain.plan(128, 128, len(train_index))
 except ValueError as refusal:
     print(f"3 processes: {refusal}")
 else:
@@ -1206,9 +1216,9 @@ else:
 
 # %% [markdown]
 # **Now with two real processes.** The script below is started by `torchrun` on this machine's CPU (with `gloo` for the
-# exchange). It uses the scripts' `start_processes`, `distribute`, `training_positions` and `accumulating`. Every image
-# gets noise and mask numbers that we fix beforehand, so that only the dealing changes. It writes down what each rank's
-# gradient is after
+# exchange). It uses the scripts' `start_processes`, `parallelise`, `plan` and `micro_batches`. Every image gets noise
+# and mask numbers that we fix beforehand, so that only the dealing changes. It writes down what each rank's gradient
+# is after
 #
 # * the first batch of 128 images, as 2 processes × 2 micro-batches × 32 images, with `no_sync`;
 # * the same without `no_sync`;
@@ -1226,14 +1236,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import pretrain
 
 folder = sys.argv[1]
-rank, world, device = pretrain.start_processes("cpu")
+device = torch.device("cpu")
+pretrain.start_processes(device)
 args = pretrain.parse([])
-images = pretrain.open_images("digits", None, True, 8, 1)
-train, _ = pretrain.hold_out(images, args.holdout)
-device_batch, micro_batches = pretrain.share_batch(args.batch, world, 32)
-noise, uniforms = torch.load(f"{folder}/fixed.pt")                 # of every training image
+images = pretrain.open_images("digits", None, True, 8, 1, device)
+train, _ = pretrain.hold_out(len(images.labels), args.holdout)
+device_batch, micro_batches, _ = pretrain.plan(args.batch, 32, len(train))
+noise, uniforms, whole = torch.load(f"{folder}/fixed.pt")          # of every training image; the first batch
 network = pretrain.build_model(args, device)
-parallel = pretrain.distribute(network)
+parallel = pretrain.parallelise(network, args, device)
 exchanges = []
 
 
@@ -1242,46 +1253,43 @@ def counted(state, bucket):
     return allreduce_hook(state, bucket)
 
 
-def positions(start, end):
-    return pretrain.training_positions(train, args.batch, device_batch, start, end, args.seed, rank, world)
-
-
 def gradient(parts, no_sync):
     """(gradient, number of exchanges) after one backward pass for each part, a list of images."""
     exchanges.clear()
     for number, part in enumerate(parts):
-        pixels = images.pixels[part] / images.levels
-        with pretrain.accumulating(parallel, more_to_come=no_sync and number < len(parts) - 1):
-            loss, _, _ = parallel(pixels, args.sigma, args.mask_ratio, noise[part], uniforms[part])
-            (loss / len(parts)).backward()
+        x = images.items.tensors[0][part] / images.white
+        parallel.require_backward_grad_sync = not no_sync or number == len(parts) - 1
+        loss, _, _ = parallel(x, args.sigma, args.mask_ratio, noise[part], uniforms[part])
+        (loss / len(parts)).backward()
     flat = torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
     parallel.zero_grad()
     return flat, len(exchanges)
 
 
 parallel.register_comm_hook(None, counted)
-shares = [[image for _, image in batch] for batch in positions(0, 1)]
-whole = train[pretrain.order_of(0, len(train), args.seed)[:args.batch]].tolist()
+epoch = pretrain.micro_batches(train, args.batch, device_batch, 0, args.seed)
+shares = [part.tolist() for part in epoch[:micro_batches]]
 found = {
     "shares": shares,
     "with no_sync": gradient(shares, no_sync=True),
     "without": gradient(shares, no_sync=False),
-    "unequal": gradient([whole[:120] if rank == 0 else whole[120:]], no_sync=True),
+    "unequal": gradient([whole[:120] if pretrain.RANK == 0 else whole[120:]], no_sync=True),
 }
 
 optimizer = pretrain.build_optimizer(network, args)
-batches = pretrain.load_batches(images, positions(0, 3), device)
+batches = pretrain.load_batches(images, epoch, device)
 found["losses"] = [
-    pretrain.train_step(parallel, optimizer, batches, images.levels, micro_batches, args, step, rank)[0].item()
+    pretrain.train_step(parallel, optimizer, batches, micro_batches, args, step).item()
     for step in range(3)
 ]
-torch.save(found, f"{folder}/rank{rank}.pt")
+torch.save(found, f"{folder}/rank{pretrain.RANK}.pt")
 '''
 
 torch.manual_seed(1)
 fixed_noise, fixed_numbers = torch.randn_like(train), torch.rand(len(train), N)
+whole = train_index[order[:args.batch]].tolist()
 with tempfile.TemporaryDirectory() as folder:
-    torch.save((fixed_noise, fixed_numbers), f"{folder}/fixed.pt")
+    torch.save((fixed_noise, fixed_numbers, whole), f"{folder}/fixed.pt")
     Path(folder, "shares.py").write_text(SCRIPT)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, f"{folder}/shares.py", folder], capture_output=True, text=True, timeout=300,
@@ -1306,7 +1314,6 @@ def difference(one, other):
     return ((one - other).norm() / other.norm()).item()
 
 
-whole = train_index[pretrain.order_of(0, len(train_index), args.seed)[:args.batch]].tolist()
 assert sorted(sum(ranks[0]["shares"] + ranks[1]["shares"], [])) == sorted(whole)          # the same 128 images
 for key in ("with no_sync", "without", "unequal"):
     assert torch.equal(ranks[0][key][0], ranks[1][key][0])                                # both ranks: the same bits
@@ -1333,9 +1340,9 @@ print(f"shares of 120 and 8: differs by {difference(unequal, together):.0%}")
 # that imitates two, rank by rank with the ranks' own seeds, must reproduce the losses of the two.
 
 # %%
-first = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 0)
-again = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 0)
-other_rank = pretrain.draw_corruption(train[:32], N, args.seed, 0, 0, 1)
+first = pretrain.draw_corruption(train[:32], dmae.grid, args.seed, 0, 0, 0)
+again = pretrain.draw_corruption(train[:32], dmae.grid, args.seed, 0, 0, 0)
+other_rank = pretrain.draw_corruption(train[:32], dmae.grid, args.seed, 0, 0, 1)
 assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 assert abs(torch.corrcoef(torch.stack([first[0].flatten(), other_rank[0].flatten()]))[0, 1]) < 0.1
 
@@ -1344,14 +1351,14 @@ def three_losses(processes, device_batch):
     """Three steps on one process, with the noise that so many processes would draw."""
     network = pretrain.build_model(args, torch.device("cpu"))
     optimizer = pretrain.build_optimizer(network, args)
-    losses = []
+    losses, micro_batches = [], 128 // processes // device_batch
     for step in range(3):
         total = 0.0
         for rank in range(processes):
-            batches = pretrain.training_positions(train_index, 128, device_batch, step, step + 1, 0, rank, processes)
+            batches = dealt_to(rank, processes, device_batch)[step * micro_batches:(step + 1) * micro_batches]
             for micro, batch in enumerate(batches):
-                pixels = train[[image for _, image in batch]]
-                loss = pretrain.reconstruction_loss(network, pixels, args, args.seed, step, micro, rank)
+                corruption = pretrain.draw_corruption(train[batch], dmae.grid, args.seed, step, micro, rank)
+                loss, _, _ = network(train[batch], args.sigma, args.mask_ratio, *corruption)
                 (loss * len(batch) / 128).backward()
                 total += loss.item() * len(batch) / 128
         optimizer.step()
@@ -1393,14 +1400,14 @@ for probe in (False, True):
 
 # %% [markdown]
 # So a probe's result depends on the device batch and on the number of processes, beyond rounding. DDP also copies
-# rank 0's running statistics to all ranks before each forward pass, which `pretrain.distribute` switches on only where
-# there is a BatchNorm. What the classifier remembers from training is then one share's statistics, not the batch's.
+# rank 0's running statistics to all ranks before each forward pass. What the classifier remembers from training is then
+# one share's statistics, not the batch's.
 #
-# **Certification** needs no gradient, and its processes exchange no counts. Images are dealt by stride,
-# `[rank::world]`. Each rank appends the rows of its images to a file of its own. At the end all wait for each other
-# once, and rank 0 merges the files, sorted by image (`certify.gather_parts` does the same after an interruption). An
-# image's noise is drawn from (seed, image, phase). So the row depends neither on how many processes there were nor on
-# which of them did it. Here with a linear classifier, the nearest class mean:
+# **Certification** needs no gradient, and its processes never talk to each other. Images are dealt by stride,
+# `[rank::world]`. Each process appends the rows of its images to a file of its own, and whoever finds all rows there
+# at its end merges the files, sorted by image (`certify.merge`). An image's noise is drawn from (seed, image, phase).
+# So the row depends neither on how many processes there were nor on which of them did it. Here with a linear
+# classifier, the nearest class mean:
 
 # %%
 means = torch.stack([train[digits["train"].labels == c].mean(0).flatten() for c in range(10)])
@@ -1412,9 +1419,8 @@ def nearest_mean(images):
 
 def certificates(index):
     """{image: (prediction, radius)} for some of the test images."""
-    trials = certify.certify_all(nearest_mean, [(i, test[i]) for i in index], certify.GaussianNoise(SIGMA), 100,
-                                 certify.FixedN(1000, 0.001), seed=0)
-    return {trial.index: trial.certificate(SIGMA) for trial in trials}
+    trials = certify.certify_all(nearest_mean, [(i, test[i]) for i in index], SIGMA, n0=100, n=1000, alpha=0.001)
+    return {i: certify.certificate(top, *bounds["one-sided"], SIGMA) for i, _, top, _, _, bounds in trials}
 
 
 chosen = list(range(0, 360, 36))

@@ -29,7 +29,7 @@
 # * say what the row of one image in a file of certificates means, and make it again, bit for bit;
 # * turn a file of certificates into certified accuracy, average radius and a sound lower bound, and say what the
 #   envelope over $\sigma$ hides;
-# * read the logs of other people's work, and refuse those that contradict each other;
+# * read the logs of other people's work, and refuse those that contradict themselves;
 # * attack a smoothed classifier, test the attack where the truth is known, and read its success rate;
 # * say what a published difference of one point is worth.
 #
@@ -61,7 +61,15 @@ ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / 
 sys.path.insert(0, str(ROOT))
 import certify
 import model
-from certify import ABSTAIN, certified_radius, count_under_noise, generator_for, lower_confidence_bound
+from certify import (
+    ABSTAIN,
+    certified_accuracy,
+    certified_radius,
+    count_under_noise,
+    generator_for,
+    lower_confidence_bound,
+)
+from extras.published import PUBLISHED
 
 # %matplotlib inline
 DIGITS = ROOT / "results" / "digits"
@@ -88,8 +96,8 @@ checkpoint = model.read_checkpoint(DIGITS / "finetune_sigma_0.25.pt", "finetune"
 f = model.VisionTransformer(**checkpoint["config"]).eval().requires_grad_(False)
 model.load_weights(f, checkpoint["model"], "results/digits/finetune_sigma_0.25.pt")
 SIGMA = checkpoint["sigma"]
-test = certify.open_images("digits", None, train=False, size=8, channels=1)
-images, labels = test.pixels / test.levels, test.labels
+test = certify.open_images("digits", None, train=False, size=8, channels=1, device="cpu")
+images, labels = test.items.tensors[0] / test.white, test.labels
 print(f"base classifier fine-tuned for sigma = {SIGMA}; {len(images)} test digits")
 
 # %% [markdown]
@@ -108,11 +116,11 @@ print(f"base classifier fine-tuned for sigma = {SIGMA}; {len(images)} test digit
 
 # %%
 index, n0, n, alpha = 3, 100, 10_000, 0.001
-x, noise = images[index], certify.GaussianNoise(SIGMA)
+x = images[index]
 theirs = certify.certify(f, x, SIGMA, n0, n, alpha, index=index)
 
-selection = count_under_noise(f, x, SIGMA, n0, generator_for(0, index, 0, "cpu"))
-counts = count_under_noise(f, x, SIGMA, n, generator_for(0, index, 1, "cpu"))
+requests = [(index, x, generator_for(0, index, phase, "cpu"), copies) for phase, copies in enumerate((n0, n))]
+selection, counts = count_under_noise(f, requests, SIGMA)
 top, k = int(selection.argmax()), int(counts[selection.argmax()])
 p_lower = lower_confidence_bound(k, n, alpha)
 radius = certified_radius(p_lower, SIGMA)
@@ -122,17 +130,18 @@ assert math.isclose(p_lower, stats.beta.ppf(alpha, k, n - k + 1), rel_tol=1e-9)
 assert math.isclose(radius, SIGMA * stats.norm.ppf(p_lower), rel_tol=1e-9)
 assert theirs == (top, certify.round_down(radius))                         # certify.certify is these steps
 
-(trial,) = certify.certify_all(f, [(index, x)], noise, n0, certify.FixedN(n, alpha))       # many images at once
-assert trial.certificate(SIGMA) == theirs and trial.k == k
-logged = next(row for row in certify.read_rows(DIGITS / "certify_sigma_0.25.tsv") if row["idx"] == index)
-print(f"the committed log: class {logged['predict']}, radius {logged['radius']}, k = {logged['count']}")
+two = certify.certify_all(f, [(index, x), (6, images[6])], SIGMA, n0, n, alpha)              # many images at once
+found = {i: (top, tally, bounds) for i, _, top, tally, _, bounds in two}
+assert certify.certificate(top, *found[index][2]["one-sided"], SIGMA) == theirs and found[index][1][top] == k
+logged = next(row for row in certify.read_log(DIGITS / "certify_sigma_0.25.tsv") if row["idx"] == index)
+print(f"the committed log: class {logged['predict']:.0f}, radius {logged['radius']}, k = {logged['count']:.0f}")
 assert theirs[0] == logged["predict"] and abs(k - logged["count"]) <= 20   # bit for bit on one type of CPU
 
 # %% [markdown]
 # The last line compares with what the script wrote for the same image long ago. (On another type of CPU a few of the
 # 10 000 answers may differ, hence the tolerance.) Radii are rounded down to six digits, by `round_down`. The script
-# takes the same steps for many images at once, whose copies share batches: `certify_all`, which counts by
-# `count_classes` and ends in `Trial.certificate`. Its counts are those of `certify`, as the cell asserts.
+# takes the same steps for many images at once: `certify_all`, whose counts and bounds `certificate` turns into class
+# and radius. What it finds for one image does not depend on the others, as the cell asserts.
 #
 # Why do the counts come out the same? The noise belongs to the image and the step, not to the run: `generator_for`
 # makes a random stream of (seed, image, phase), and `count_under_noise` draws from it in chunks of fixed size. So a row
@@ -199,11 +208,12 @@ plt.show()
 #
 # $\hat y_i$ and $R_i$ are prediction and radius of test image $i$, $y_i$ its label, $M$ the number of images.
 # $\mathrm{CA}(r)$ is a lower bound of the accuracy under *every* attack of length below $r$, but for certificates that
-# are false; the *proven* rows below allow for those. Wrong answers and abstentions never count. ACR, the average
+# are false; the *proven* lines below allow for those. Wrong answers and abstentions never count. ACR, the average
 # certified radius (Zhai et al. 2020), is the area under the curve: integrate $\mathbb 1[R_i\ge r]$ over $r$ and get
 # $R_i$.
 #
-# Both are a few lines on the file that `certify.py` writes. The scripts have them in `Summary`.
+# Both are a few lines on the file that `certify.py` writes. The scripts have ACR in `read_curve`, and CA in
+# `certified_accuracy`.
 
 # %%
 def my_summary(file):
@@ -214,25 +224,40 @@ def my_summary(file):
     return np.array([float(line[column["radius"]]) for line in right]), len(lines)
 
 
+def excess(M, alpha, rho=0.001):
+    """q of notebook 02, (2.19): so many of M certificates may be wrong, but with probability rho."""
+    return int(stats.binom.ppf(1 - rho, M, alpha))
+
+
+def proven(one, r, among=1):
+    """What CA(r) is at least, with probability 0.999 for so many curves at once."""
+    return max(0, certified_accuracy(one, r) - excess(one.images, alpha, 0.001 / among) / one.images)
+
+
 files = sorted(DIGITS.glob("certify_sigma_*.tsv"))
-summaries = certify.summarise(files)
+summaries = certify.read_curves(files, bound="one-sided")
 grid = np.linspace(0, 4, 40_001)
 for file, one in zip(files, summaries, strict=True):
     radii, M = my_summary(file)
-    assert one.m == M and math.isclose(one.acr, radii.sum() / M)
-    assert all(math.isclose(one.accuracy(r), (radii >= r).sum() / M) for r in (0, 0.1, 0.25, 0.5, 1))
-    assert abs(integrate.trapezoid([one.accuracy(r) for r in grid], grid) - one.acr) < 1e-4  # the integral in (5.2)
-    q = stats.binom.ppf(0.999, M, alpha)
-    assert q == certify.excess(M, alpha) and math.isclose(one.guaranteed(0.25), ((radii >= 0.25).sum() - q) / M)
-show(certify.Summary)
+    assert one.images == M and math.isclose(one.acr, radii.sum() / M)
+    assert all(math.isclose(certified_accuracy(one, r), (radii >= r).sum() / M) for r in (0, 0.1, 0.25, 0.5, 1))
+    area = integrate.trapezoid([certified_accuracy(one, r) for r in grid], grid)
+    assert abs(area - one.acr) < 1e-4                                      # the integral in (5.2)
+    q = excess(M, alpha)
+    assert stats.binom.cdf(q, M, alpha) >= 0.999 > stats.binom.cdf(q - 1, M, alpha)
+show(certify.read_curve, certified_accuracy)
 AT = (0.0, 0.25, 0.5, 0.75, 1.0)
 report = certify.table(summaries, AT)
 print(report)
+for one in summaries:
+    print(f"{one.sigma:5g}  proven  " + "  ".join(f"{100 * proven(one, r):4.1f}" for r in AT))
+print(" best  proven  " + "  ".join(f"{100 * max(proven(one, r, among=4) for one in summaries):4.1f}" for r in AT))
 
 # %% [markdown]
-# The lines that begin with *proven* subtract what the certificates' own errors may have added: with probability 0.999
-# at most $q$ of the $M$ certificates are wrong, $q$ being the 0.999 quantile of Binomial$(M, \alpha)$. That is
-# `excess`; notebook 02, section 2.12, derives it.
+# The table is what the scripts print. The lines *proven* below it subtract what the certificates' own errors may have
+# added: with probability 0.999 at most $q$ of the $M$ certificates are wrong, $q$ being the 0.999 quantile of
+# Binomial$(M, \alpha)$. That is `excess`; notebook 02, section 2.12, derives it. In the last line they hold for all
+# four $\sigma$ at once.
 #
 # ACR has a flaw that one should know (Sun et al. 2024): it is dominated by easy images. $\Phi^{-1}$ is steep near 1, so
 # that the last per cent of votes of an easy digit adds more radius than a hard digit's whole way from abstention to
@@ -254,7 +279,7 @@ assert certified_radius(0.6, SIGMA) < certified_radius(0.999, SIGMA) - certified
 # %%
 figure, axis = plt.subplots(figsize=(7.4, 3.8))
 r = np.linspace(0, 1.1, 1101)
-curves = np.array([[100 * one.accuracy(at) for at in r] for one in summaries])
+curves = np.array([[100 * certified_accuracy(one, at) for at in r] for one in summaries])
 axis.fill_between(r, curves.max(axis=0), color="0.93", linewidth=0)
 places = {0.125: (0.02, 103), 0.25: (0.52, 66), 0.5: (0.73, 40), 1: (0.03, 20)}
 for one, curve, colour in zip(summaries, curves, (GREEN, BLUE, ORANGE, PURPLE), strict=True):
@@ -272,8 +297,8 @@ plt.show()
 # %% [markdown]
 # ### The envelope is a selection on the test set
 #
-# Papers tabulate the **envelope**, the best $\sigma$ at each $r$. It is the first row *best* of `certify.table`, which
-# the next cell builds. Two things have to be said about it.
+# Papers tabulate the **envelope**, the best $\sigma$ at each $r$. It is the row *best* of `certify.table`, which the
+# next cell builds. Two things have to be said about it.
 #
 # *It is no classifier's curve.* Anyone who deploys one has to choose one $\sigma$, and then has that curve alone.
 #
@@ -284,12 +309,12 @@ plt.show()
 # the envelope of the second half is at least as high, since it chose there; the mean difference is its optimism.
 
 # %%
-rows = [certify.read_rows(file) for file in files]
-assert len({tuple(row["idx"] for row in one) for one in rows}) == 1                     # the same images
-in_table = next(line.split() for line in report.splitlines() if line.split()[0] == "best")
+rows = [certify.read_log(file) for file in files]
+assert len({tuple(one["idx"]) for one in rows}) == 1                                    # the same images
+in_table = next(line.split() for line in report.splitlines() if "best" in line)
 shares = np.array([[(radii >= r).sum() / M for r in AT] for radii, M in map(my_summary, files)])         # sigma r
-assert in_table[1:] == [f"{100 * share:.1f}" for share in shares.max(axis=0)]
-right = np.array([[row["radius"] if row["correct"] else -1 for row in one] for one in rows])           # sigma M
+assert [word for word in in_table if "." in word] == [f"{100 * share:.1f}" for share in shares.max(axis=0)]
+right = np.array([np.where(one["predict"] == one["label"], one["radius"], -1) for one in rows])        # sigma M
 at = np.array([0.1, 0.25, 0.4, 0.5, 0.6, 0.75])
 reach = right[:, :, None] >= at                                                         # sigma M r
 rng, optimism = np.random.default_rng(0), []
@@ -311,7 +336,7 @@ for M in (1000, 10_000):                                        # the worst case
 # It is nothing where one $\sigma$ is far ahead, and largest where two curves cross. With more images it shrinks like
 # the standard error, and with more values of $\sigma$ it grows. For three values and 10 000 images it is below half a
 # point at worst, and less if the classifiers err on the same images. But a sweep over many settings, reported by its
-# envelope, is no test-set result. The table's *proven* row of the envelope allows for the choice as far as the
+# envelope, is no test-set result. The *proven* line of the envelope, above, allows for the choice as far as the
 # certificates' errors go (a union over the $\sigma$), not for the luck of the images.
 #
 # ### One classifier under other noise
@@ -334,57 +359,50 @@ assert shares[1.0] < shares[0.25]
 
 # %% [markdown]
 # With less noise than it was trained for, the classifier stays right, but a small $\sigma$ cannot prove much. With
-# more, it soon gets worse, and at four times its own level it abstains on everything. This is why `certify.py` refuses
-# another $\sigma$ than the checkpoint's unless told `--any-sigma`, and why the paper fine-tunes one classifier for
-# each.
+# more, it soon gets worse, and at four times its own level it abstains on everything. This is why `certify.py` says so
+# if $\sigma$ is not the checkpoint's, and why the paper fine-tunes one classifier for each.
 
 # %% [markdown]
 # ## 5.3 Reading other people's logs
 #
 # The logs of Cohen, Rosenfeld and Kolter, and of most work after them, are tab-separated with six columns: `idx label
 # predict radius correct time`. Ours begin with the same six. So their scripts read our files, and ours theirs. To show
-# it, we strip our log to the foreign format, cut it into two overlapping shards, tear the last line of one as a killed
-# job would, and read both.
+# it, we strip our log to the foreign format, cut it into two overlapping shards, put one behind the other, and tear the
+# last line as a killed job would.
 
 # %%
-show(certify.read_rows, certify.curves_of)
+show(certify.read_log)
 
 # %%
 temporary = tempfile.TemporaryDirectory()
 folder = Path(temporary.name)
 lines = [line.split("\t")[:6] for line in (DIGITS / "certify_sigma_0.25.tsv").read_text().splitlines()]
 foreign = ["\t".join(line) for line in lines]
-(folder / "noise_0.25_first").write_text("\n".join(foreign[:80]) + "\n" + foreign[80][:9])      # a torn row at the end
-(folder / "noise_0.25_second").write_text("\n".join([foreign[0], *foreign[60:]]) + "\n")  # rows 60 to 79 stand in both
+file = folder / "noise_0.25"
+shards = "\n".join([*foreign[:80], foreign[0], *foreign[60:]]) + "\n"    # rows 60 to 79 stand twice, after a header
+file.write_text(shards + foreign[80][:9])                        # a torn row at the end
 print("\n".join(foreign[:4]), "\n")
 
-(theirs,) = certify.summarise([folder / "noise_0.25_first", folder / "noise_0.25_second"])
-(ours,) = certify.summarise([DIGITS / "certify_sigma_0.25.tsv"])
-assert theirs.m == ours.m and theirs.acr == ours.acr and np.array_equal(theirs.radii, ours.radii)
-display(Markdown(certify.table([theirs], (0.0, 0.25, 0.5, 0.75), "markdown")))
+theirs, ours = certify.read_curve(file), certify.read_curve(DIGITS / "certify_sigma_0.25.tsv")
+assert theirs.images == ours.images and theirs.acr == ours.acr and np.array_equal(theirs.radii, ours.radii)
+display(Markdown(certify.table([theirs], (0.0, 0.25, 0.5, 0.75))))
 
-forged = foreign[80].split("\t")                                 # a file that contradicts the other one ...
+forged = foreign[80].split("\t")                                 # a row that contradicts another one
 forged[3] = "9.000000"
-(folder / "noise_0.25_forged").write_text(foreign[0] + "\n" + "\t".join(forged) + "\n")
-both = [folder / "noise_0.25_second", folder / "noise_0.25_forged"]
-apart = certify.summarise(both, labels=["second", "forged"])
-print("not merged:", [f"{one.name}: {one.m} images, largest radius {one.radii.max():g}" for one in apart])
-assert [one.m for one in apart] == [len(foreign) - 60, 1]
-for file in both:                                                # ... though both were made with the same settings
-    file.with_name(f"{file.name}.json").write_text("{}")
+file.write_text(shards + "\t".join(forged) + "\n")
 try:
-    certify.summarise(both)
+    certify.read_curve(file)
     raise AssertionError("the contradiction went unnoticed")
 except ValueError as error:
     print("refused:", str(error).replace(str(folder), "..."))
 
 # %% [markdown]
-# Files that contradict each other are not merged: they are of different classifiers, and each becomes a curve of its
-# own. Only where the settings beside them say that both are of one run is the contradiction an error.
+# The parts of one run are put into one file by `cat`; every file becomes a curve. An image that stands there twice
+# counts once. If its two rows contradict each other, they are of different classifiers or settings, and the file is
+# refused.
 #
-# Cohen's format does not store $\sigma$ and $\alpha$. The reader takes $\sigma$ from the path (`sigma_0.25` or
-# `noise_0.25`, as those logs are named), or refuses; and it takes $\alpha$ to be the customary 0.001. On the command
-# line this is `python certify.py --report FILES --radii 0.25 0.5`.
+# Cohen's format does not store $\sigma$. The reader takes it from the path (`sigma_0.25` or `noise_0.25`, as those logs
+# are named), or refuses. On the command line this is `python certify.py --report FILES --radii 0.25 0.5`.
 
 
 # %% [markdown]
@@ -406,8 +424,8 @@ except ValueError as error:
 # smoothed classifier, not the average image's loss. And, a choice of this notebook, each step draws its $m$ noises
 # anew, so that $\delta$ cannot adapt to a particular sample.
 #
-# The attack stands in the page alone. That of the training objectives, `finetune.ascend` in (6.4), clips the pixels to
-# $[0, 1]$ and keeps its noise for all steps. This one may leave the range $[0, 1]$: the certificate covers that too,
+# The attack stands in the page alone. That of the training objectives, `ascend` in (6.4), clips the pixels to $[0, 1]$
+# and keeps its noise for all steps. This one may leave the range $[0, 1]$: the certificate covers that too,
 # and it makes the attacker stronger.
 
 # %%
@@ -472,10 +490,11 @@ for factor, all_flipped in ((0.97, False), (1.03, True)):
 # An attack **succeeds** if `predict` names a *different class*. Abstentions are shown separately.
 
 # %%
-rows = [row for row in certify.read_rows(DIGITS / "certify_sigma_0.25.tsv") if row["correct"] and row["radius"] > 0.05]
+rows = certify.read_log(DIGITS / "certify_sigma_0.25.tsv")
+rows = rows[(rows["predict"] == rows["label"]) & (rows["radius"] > 0.05)]
 rows = rows[::len(rows) // 20][:20]
-x = torch.stack([images[row["idx"]] for row in rows])
-y, R = torch.tensor([row["predict"] for row in rows]), torch.tensor([row["radius"] for row in rows])
+x = images[rows["idx"].astype(int)]
+y, R = torch.tensor(rows["predict"].astype(int)), torch.tensor(rows["radius"]).float()
 print(f"{len(rows)} correctly certified digits, radii from {R.min():.3f} to {R.max():.3f}")
 
 FACTORS, COPIES, STEPS, JUDGES = (0.5, 0.99, 1.25, 1.5, 2.0, 3.0), 16, 16, 400
@@ -483,8 +502,8 @@ FACTORS, COPIES, STEPS, JUDGES = (0.5, 0.99, 1.25, 1.5, 2.0, 3.0), 16, 16, 400
 
 def judge(attacked, draws, seed):
     """Counts of f's answers (B, K) on fresh noisy copies of each image."""
-    requests = [(image, generator_for(seed, i, 2, "cpu"), draws) for i, image in enumerate(attacked)]
-    return certify.count_classes(f, requests, noise)
+    requests = [(i, image, generator_for(seed, i, 2, "cpu"), draws) for i, image in enumerate(attacked)]
+    return count_under_noise(f, requests, SIGMA)
 
 
 def verdict(counts, y):
@@ -607,9 +626,9 @@ print(f"{len(shares)} attacks, none below the floor by more than sampling allows
 # ## 5.5 Where the paper's numbers stand
 #
 # The paper (Wu et al. 2023) reports certified accuracy at a few radii, the best over $\sigma$: points on an envelope.
-# `certify.py` holds them in `PUBLISHED`, with those it compares with, and `certify.plot` marks them beside measured
-# curves (`--published cifar10`). The digits are another data set, and their curves have no business in that picture;
-# here the marks stand alone.
+# `extras/published.py` holds them in `PUBLISHED`, with those it compares with, and marks them beside measured curves
+# (`python -m extras.published cifar10 curves.png FILES`). The digits are another data set, and their curves have no
+# business in that picture; here the marks stand alone.
 #
 # **Where the rows come from.** All are as the DMAE paper prints them. Some differ from the originals:
 #
@@ -641,7 +660,7 @@ def spread(heights, gap):
 
 def draw_published(axis, data, gap):
     """The table of one data set: DMAE in colour, the others in grey, each labelled at its end; originals as crosses."""
-    radii, methods = certify.PUBLISHED[data]
+    radii, methods = PUBLISHED[data]
     labels_at = spread([values[-1] for values in methods.values()], gap)
     for (name, values), height in zip(methods.items(), labels_at, strict=True):
         ours = name.startswith("DMAE")
@@ -684,7 +703,7 @@ plt.show()
 # %%
 def leads(data, name, M):
     """Per radius: DMAE's share, the best other as printed, the best other by the originals, and DMAE's standard error."""
-    radii, methods = certify.PUBLISHED[data]
+    radii, methods = PUBLISHED[data]
     others = {other: np.array(values) for other, values in methods.items() if not other.startswith("DMAE")}
     printed = np.max([*others.values()], axis=0)
     originals = np.max([printed, *map(np.array, ORIGINAL[data].values())], axis=0)
@@ -715,8 +734,8 @@ for data, name, M in (("imagenet", "DMAE ViT-B", 1000), ("imagenet", "DMAE ViT-L
 # then one pass, DMAE's nearest relative. On CIFAR-10: noised diffusion classifiers (2024), above 80 % at $r = 0.25$ and
 # 70 % at 0.5 by their abstract.
 #
-# What this repository has measured is in `results/`; a cell that is empty in the README's table of the paper's settings
-# has not been measured. The digits results above are not evidence for ImageNet: they show that every part does what it
+# What this repository has measured is in `results/`; the README says which of the paper's settings it has not run. The
+# digits results above are not evidence for ImageNet: they show that every part does what it
 # says, on a problem small enough to check.
 
 # %%
@@ -747,7 +766,7 @@ temporary.cleanup()
 #    Does the soft vote on those vectors fall faster? And the judge's? *Hint:* compare $J$ on the fixed and on fresh
 #    noise.
 # 4. **Soundness.** Why is it no contradiction if an attack inside $R$ succeeds once in a long run of experiments? How
-#    often may it, for 120 certificates with $\alpha = 0.001$? *Hint:* `certify.excess`.
+#    often may it, for 120 certificates with $\alpha = 0.001$? *Hint:* `excess`.
 # 5. **Two sides.** `results/digits` also has the two-sided radii, in the column `two_sided`. Which images gain from
 #    them at $\sigma = 1$, and why? *Hint:* the column `runner_up`; notebook 02, section 2.11.
 #
@@ -763,7 +782,7 @@ temporary.cleanup()
 #    no difference: what was learnt about 16 vectors does not carry over. So a success has to be measured on fresh
 #    noise.
 # 4. Each certificate may be false with probability $\alpha$, and `predict` errs with probability $\alpha$, too. With
-#    probability 0.999 at most `certify.excess(120, 0.001)` of the 120 certificates are false, which is 2.
+#    probability 0.999 at most `excess(120, 0.001)` of the 120 certificates are false, which is 2.
 # 5. Those whose other answers spread over many classes: then the runner-up is far below $1 - \underline{p_A}$, and
 #    $\overline{p_B}$ with it.
 #

@@ -56,10 +56,10 @@ from torch import nn
 
 ROOT = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "finetune.py").exists())
 sys.path.insert(0, str(ROOT))
-import certify
 import finetune
 import model
 import pretrain
+from extras import denoise, diffusion, ensemble, macer, smoothadv, smoothmix
 
 # %matplotlib inline
 DIGITS = ROOT / "results" / "digits"
@@ -88,10 +88,10 @@ def draw(axis, image, title="", colour="black"):
 checkpoint = model.read_checkpoint(DIGITS / "finetune_sigma_0.25.pt", "finetune")
 f = model.VisionTransformer(**checkpoint["config"]).eval().requires_grad_(False)
 model.load_weights(f, checkpoint["model"], "results/digits/finetune_sigma_0.25.pt")
-train_images = finetune.open_images("digits", None, train=True, size=8, channels=1)
-test_images = finetune.open_images("digits", None, train=False, size=8, channels=1)
-train_x, train_y = train_images.pixels / train_images.levels, train_images.labels
-x, y = test_images.pixels[::3] / test_images.levels, test_images.labels[::3]           # 120 1 8 8 in [0, 1], 120
+train_images = finetune.open_images("digits", None, train=True, size=8, channels=1, device="cpu")
+test_images = finetune.open_images("digits", None, train=False, size=8, channels=1, device="cpu")
+train_x, train_y = train_images.items.tensors[0] / train_images.white, train_images.labels
+x, y = test_images.items.tensors[0][::3] / test_images.white, test_images.labels[::3]  # 120 1 8 8 in [0, 1], 120
 targets = F.one_hot(y, 10).float()                                                     # 120 10
 parameters = sum(weight.numel() for weight in f.parameters())
 print(f"{len(train_x):,} training images, {len(x)} test images; the classifier has {parameters:,} parameters")
@@ -227,10 +227,16 @@ def my_ascend(logits_of, x, y, noise, step, steps, eps=math.inf):
     return now.detach()
 
 
+def as_attacked(logits_of):
+    """logits_of with what the scripts' attack asks: frozen(x, noise), here nothing else."""
+    logits_of.frozen = logits_of
+    return logits_of
+
+
 def random_network(classes):
     """logits_of a random network with a hidden layer, in float64."""
     first, last = torch.randn(64, 16, dtype=torch.float64) / 4, torch.randn(16, classes, dtype=torch.float64)
-    return lambda x, noise: ((x + noise).flatten(2) @ first).tanh() @ last             # m B K
+    return as_attacked(lambda x, noise: ((x + noise).flatten(2) @ first).tanh() @ last)      # m B K
 
 
 some, label = x[:6].double(), y[:6]
@@ -239,9 +245,18 @@ noise = SIGMA * torch.randn(4, *some.shape, dtype=torch.float64)
 network = random_network(10)
 for eps in (0.3, math.inf):
     mine = my_ascend(network, some, label, noise, 0.15, 4, eps)
-    torch.testing.assert_close(mine, finetune.ascend(network, some, one_hot, noise, 0.15, 4, eps))
+    torch.testing.assert_close(mine, smoothadv.ascend(network, some, one_hot, noise, 0.15, 4, eps))
 assert (mine - some).flatten(1).norm(dim=1).max() < 4 * 0.15 + 1e-9
-show(finetune.ascend)
+
+with torch.random.fork_rng():                                                          # (6.4) as a whole
+    torch.manual_seed(1)
+    theirs = smoothadv.smoothadv(logits_of, x[:8], targets[:8], SIGMA, 50, 50, copies=4, eps=0.5, steps=4,
+                                 label_smoothing=0.0)
+    torch.manual_seed(1)
+    draws = SIGMA * torch.randn(4, *x[:8].shape)
+worst = my_ascend(logits_of, x[:8], y[:8], draws, 2 * 0.5 / 4, 4, 0.5)
+torch.testing.assert_close(-logits_of(worst, draws).log_softmax(dim=-1)[:, range(8), y[:8]].mean(), theirs)
+show(smoothadv.ascend, smoothadv.smoothadv)
 
 # %% [markdown]
 # **A closed form.** For a linear $f$ with two classes the plane between them is the same under any noise, and the
@@ -249,12 +264,12 @@ show(finetune.ascend)
 
 # %%
 weight = torch.randn(2, 64, dtype=torch.float64)
-linear = lambda x, noise: (x + noise).flatten(2) @ weight.T                            # m B 2
+linear = as_attacked(lambda x, noise: (x + noise).flatten(2) @ weight.T)               # m B 2
 middle = 0.4 + 0.2 * torch.rand(6, 1, 8, 8, dtype=torch.float64)                       # so that nothing is clipped
 label = torch.tensor([0, 1, 0, 1, 0, 1])
 normal = (weight[1 - label] - weight[label]).view(6, 1, 8, 8)
 normal = normal / normal.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-found = finetune.ascend(linear, middle, F.one_hot(label, 2).double(), noise, 2 * 0.1 / 4, 4, eps=0.1)
+found = smoothadv.ascend(linear, middle, F.one_hot(label, 2).double(), noise, 2 * 0.1 / 4, 4, eps=0.1)
 torch.testing.assert_close(found, middle + 0.1 * normal)
 
 # %% [markdown]
@@ -268,7 +283,7 @@ EPS, STEPS, COPIES = 0.5, 4, 4
 digit, wanted = x[[i]], targets[[i]]
 noise = SIGMA * torch.randn(COPIES, *digit.shape)
 fresh = SIGMA * torch.randn(2000, *digit.shape)
-path = [finetune.ascend(logits_of, digit, wanted, noise, 2 * EPS / STEPS, steps, EPS) for steps in range(STEPS + 1)]
+path = [smoothadv.ascend(logits_of, digit, wanted, noise, 2 * EPS / STEPS, steps, EPS) for steps in range(STEPS + 1)]
 
 
 @torch.inference_mode()
@@ -284,7 +299,7 @@ assert max(lengths) < EPS + 1e-5 and seen[-1] < seen[0] and score[-1] < score[0]
 falls = []                                                                             # the same with other draws
 for _ in range(30):
     draws = SIGMA * torch.randn(COPIES, *digit.shape)
-    end = finetune.ascend(logits_of, digit, wanted, draws, 2 * EPS / STEPS, STEPS, EPS)
+    end = smoothadv.ascend(logits_of, digit, wanted, draws, 2 * EPS / STEPS, STEPS, EPS)
     falls.append([score_of(digit, which) - score_of(end, which) for which in (draws, fresh[:500])])
 falls = np.array(falls)                                                                # 30 2
 tailored = falls[:, 0] - falls[:, 1]
@@ -315,24 +330,21 @@ plt.show()
 # to four draws of noise. More copies tell less of chance and more of $g$, and cost as much more.
 #
 # **Cost**: $T$ passes for the attack and one for the loss, each forward and backward and for $m$ copies, so $m(T+1)$ an
-# image. **Details that count**: the attack sees the network in eval mode and with its weights frozen. In the first
-# epochs $\varepsilon$ rises in equal steps, one an epoch. SmoothMix's $\eta_S$ does the same. MACER's $\lambda_M$
-# waits, and is there at once. In the scripts that is `strength_of`:
+# image. **Details that count**: the attack sees the network in eval mode and with its weights frozen (`f.frozen`). In
+# the first epochs $\varepsilon$ rises in equal steps, one an epoch, but in a fifth of all epochs at most. SmoothMix's
+# $\eta_S$ does the same. In `extras/` that is `warmed_up`:
 
 # %%
-def my_strength(objective, epoch, warmup):
-    """The share of eps, eta_S or lambda_M that is used in an epoch (a number that may lie within one)."""
-    if objective == "macer":
-        return 0.0 if epoch < warmup else 1.0
-    return min(1.0, (int(epoch) + 1) / warmup)
+def my_warm_up(epoch, epochs, warmup):
+    """The share of eps or eta_S that is used in an epoch (a number that may lie within one)."""
+    return min(1.0, (int(epoch) + 1) / min(warmup, epochs / 5))
 
 
-for objective in ("smoothadv", "smoothmix", "macer"):
+for epochs in (5, 20, 50):
     for warmup in (1, 3, 10):
         for epoch in np.arange(0, 12, 0.25):
-            assert finetune.strength_of(objective, epoch, warmup) == my_strength(objective, epoch, warmup)
-assert [finetune.strength_of("smoothadv", epoch, 10) for epoch in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
-assert [finetune.strength_of("macer", epoch, 10) for epoch in (0, 9, 10)] == [0.0, 0.0, 1.0]
+            assert smoothadv.warmed_up(epoch, epochs, warmup) == my_warm_up(epoch, epochs, warmup)
+assert [smoothadv.warmed_up(epoch, 50, 10) for epoch in (0, 4, 9, 50)] == [0.1, 0.5, 1.0, 1.0]
 
 # %% [markdown]
 # ## 6.4 MACER
@@ -367,11 +379,19 @@ def my_macer(logits, y, sigma, lam, beta, gamma):
 small, label = torch.randn(8, 40, 4, dtype=torch.float64), torch.randint(4, (40,))
 one_hot = F.one_hot(label, 4).double()
 for setting in ((0.5, 4.0, 1.0, 8.0), (0.25, 12.0, 4.0, 8.0), (1.0, 4.0, 4.0, 0.5)):
-    theirs = finetune.macer_loss(small, one_hot, *setting)
+    theirs = macer.macer_loss(small, one_hot, *setting)
     torch.testing.assert_close(my_macer(small, label, *setting), theirs, rtol=1e-5, atol=0)
-torch.testing.assert_close(finetune.macer_loss(small, one_hot, 0.5, 0.0, 16.0, 8.0),
+torch.testing.assert_close(macer.macer_loss(small, one_hot, 0.5, 0.0, 16.0, 8.0),
                            -finetune.log_smoothed(small)[range(40), label].mean())     # without lambda: J
-show(finetune.macer_loss)
+
+with torch.random.fork_rng():                                                          # in training, of 30 epochs
+    for epoch, lam in ((0, 0.0), (9.75, 0.0), (10, 4.0), (29, 4.0)):
+        torch.manual_seed(1)
+        theirs = macer.macer(logits_of, x[:8], targets[:8], SIGMA, epoch, 30, copies=4, lam=4.0, beta=1.0)
+        torch.manual_seed(1)
+        copies = logits_of(x[:8], SIGMA * torch.randn(4, *x[:8].shape))
+        torch.testing.assert_close(my_macer(copies, y[:8], SIGMA, lam, 1.0, 8.0), theirs)
+show(macer.macer_loss, macer.macer)
 
 # %% [markdown]
 # The page's version has the right values, and no gradients where $\hat F_y$ is rounded to 1: there $\Phi^{-1}$ is
@@ -389,7 +409,7 @@ for distance in (0.1, 0.3, 0.6):
                                                          torch.zeros(len(noise), len(x), dtype=x.dtype)], dim=-1)
     copies = plane(pixels, 0.5 * torch.randn(100_000, 1, 1, 8, 8, dtype=torch.float64))
     first = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    with_hinge, without = (finetune.macer_loss(copies, first, 0.5, lam, 1e4, 8.0).item() for lam in (1.0, 0.0))
+    with_hinge, without = (macer.macer_loss(copies, first, 0.5, lam, 1e4, 8.0).item() for lam in (1.0, 0.0))
     radius = 0.5 / 2 * 8.0 - (with_hinge - without)                                    # sigma xi / 2
     print(f"distance {distance}: soft radius {radius:.4f}")
     assert abs(radius - distance) < 0.01
@@ -400,7 +420,7 @@ two = torch.stack([share.log(), (1 - share).log()], dim=-1)[None]               
 first = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
 hinge, cross = [], []
 for k in range(len(share)):
-    J_alone, J_hinge = (finetune.macer_loss(two[:, [k]], first, SIGMA, lam, 1.0, 8.0).item() for lam in (0.0, 1.0))
+    J_alone, J_hinge = (macer.macer_loss(two[:, [k]], first, SIGMA, lam, 1.0, 8.0).item() for lam in (0.0, 1.0))
     hinge.append(J_hinge - J_alone)
     cross.append(J_alone)
 np.testing.assert_allclose(cross, -share.log(), atol=1e-12)
@@ -437,7 +457,7 @@ plt.show()
 # %% [markdown]
 # Left: beyond a score of 0.9 cross-entropy has a tenth left to gain, and its slope falls. The hinge's slope *grows*
 # towards 1, since there a vote is worth most radius. That is its strength and its danger: images that are easy already
-# pull hardest. So $\lambda_M$ is zero for the first part of the training (`strength_of`).
+# pull hardest. So $\lambda_M$ is zero for the first part of the training: in `macer`, the objective, for a third of it.
 #
 # Right: with $\beta_M = 1$ the soft radius is below the voted one. With $\beta_M = 16$ it follows it. (Scores and
 # shares of votes beyond 0.995 are drawn as 0.995, since 200 votes can tell no more. No radius here is a certificate.)
@@ -476,14 +496,14 @@ label = finetune.log_smoothed(clean).argmax(dim=-1)
 label[:2] = (label[:2] + 1) % 10                                                       # two images that F gets wrong
 mu = torch.rand(6, dtype=torch.float64) / 2
 torch.testing.assert_close(my_smoothmix(clean, mixed, label, mu, 5.0),
-                           finetune.smoothmix_loss(clean, mixed, F.one_hot(label, 10).double(), mu, 5.0))
-found = finetune.ascend(linear, middle, F.one_hot(torch.tensor([0, 1, 0, 1, 0, 1]), 2).double(), noise[:, :6], 0.05, 4)
+                           smoothmix.smoothmix_loss(clean, mixed, F.one_hot(label, 10).double(), mu, 5.0))
+found = smoothadv.ascend(linear, middle, F.one_hot(torch.tensor([0, 1, 0, 1, 0, 1]), 2).double(), noise[:, :6], 0.05, 4)
 torch.testing.assert_close(found, middle + 4 * 0.05 * normal)                          # linear f: straight on
-show(finetune.smoothmix_loss)
+show(smoothmix.smoothmix_loss)
 
 # %%
 noise = SIGMA * torch.randn(COPIES, *digit.shape)
-walk = [finetune.ascend(logits_of, digit, wanted, noise, 0.25, steps) for steps in range(5)]
+walk = [smoothadv.ascend(logits_of, digit, wanted, noise, 0.25, steps) for steps in range(5)]
 shares = torch.linspace(0, 1, 21)
 between = torch.cat([torch.lerp(digit, walk[-1], float(mu)) for mu in shares])         # 21 1 8 8
 with torch.inference_mode():
@@ -591,16 +611,26 @@ def my_consensus(outputs, asked):
     return torch.where(agree, votes[0], outputs.sum(dim=0).argmax(dim=-1)), int((~agree).sum())
 
 
+done = []                                                                              # the copies of every pass
+
+
+def counted(network):
+    def counting(z):
+        done.append(len(z))
+        return network(z)
+    return counting
+
+
 mine, disputed = my_consensus(outputs, ASKED)
-consensus = certify.Consensus(networks, ASKED)
+consensus = ensemble.Consensus([counted(network) for network in networks], ASKED)
 theirs = torch.cat([consensus(batch).argmax(dim=-1) for batch in noisy.split(400)])
 assert torch.equal(mine, theirs)
-assert consensus.done >= ASKED * len(noisy) + (RIVALS - ASKED) * disputed              # batches are padded: a few more
+assert sum(done) >= ASKED * len(noisy) + (RIVALS - ASKED) * disputed                   # batches are padded: a few more
 full = outputs.sum(dim=0).argmax(dim=-1)
 print(f"{ASKED} of {RIVALS} agree on {1 - disputed / len(noisy):.1%} of the copies; "
-      f"{1 - consensus.done / consensus.most:.1%} of the passes saved; "
+      f"{1 - sum(done) / (RIVALS * len(noisy)):.1%} of the passes saved; "
       f"the answer differs from the mean's on {(mine != full).double().mean():.2%}")
-show(certify.Consensus)
+show(ensemble.Consensus)
 
 # %%
 noise_levels = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
@@ -646,8 +676,7 @@ plt.show()
 # convolutional network. Here it is what pre-training leaves behind: DMAE's encoder and decoder with no patch dropped.
 
 # %%
-saved = model.read_checkpoint(DIGITS / "pretrain.pt", "pretrain")
-dmae = certify.rebuild(saved, "results/digits/pretrain.pt").eval().requires_grad_(False)
+dmae = denoise.open_denoiser(DIGITS / "pretrain.pt").requires_grad_(False)
 
 
 def my_denoise(dmae, noisy):
@@ -660,12 +689,12 @@ def my_denoise(dmae, noisy):
 
 
 noisy = x + SIGMA * torch.randn_like(x)
-restored = certify.denoise(dmae, noisy)
+restored = denoise.denoise(dmae, noisy)
 torch.testing.assert_close(my_denoise(dmae, noisy), restored, rtol=0, atol=1e-4)       # in any order of tokens
 _, prediction, mask = dmae(noisy, 0.0, 0.0)                                            # no noise added, nothing masked
 assert mask.sum() == 0
 torch.testing.assert_close(pretrain.reconstruct(dmae, noisy, prediction), restored, rtol=0, atol=1e-4)
-show(certify.denoise)
+show(denoise.denoise)
 
 # %% [markdown]
 # The classifier behind it is a perceptron trained with $\sigma = 0$, in the page. It has never seen noise.
@@ -683,7 +712,7 @@ def right(images):
 print(f"clean images: {right(x):.1%} right")
 for sigma in LEVELS:
     noisy = (x + sigma * torch.randn(20, *x.shape)).flatten(0, 1)                      # 20 copies of each image
-    restored = certify.denoise(dmae, noisy)
+    restored = denoise.denoise(dmae, noisy)
     before, after = ((images - x.repeat(20, 1, 1, 1)).square().mean().item() for images in (noisy, restored))
     print(f"sigma {sigma:4}: {right(noisy):.1%} right on noisy, {right(restored):.1%} on denoised copies; "
           f"mean squared error {before:.3f} -> {after:.3f}")
@@ -693,7 +722,7 @@ figure, axes = plt.subplots(4, 9, figsize=(9.6, 4.6))
 for column in range(9):
     sigma, image = LEVELS[column // 3], x[[10 * column]]
     noisy = image + sigma * torch.randn_like(image)
-    restored = certify.denoise(dmae, noisy)
+    restored = denoise.denoise(dmae, noisy)
     draw(axes[0, column], image[0, 0], f"y = {y[10 * column]}")
     draw(axes[1, column], noisy[0, 0], rf"$\sigma$ = {sigma}")
     draw(axes[2, column], restored[0, 0], "")
@@ -759,11 +788,11 @@ SCHEDULES = {"linear": (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64
              "cosine": cosine[1:-1] / cosine[0]}
 for name, abar in SCHEDULES.items():
     for sigma in LEVELS:
-        t, scale = certify.diffusion_step(sigma, abar)
+        t, scale = diffusion.diffusion_step(sigma, abar)
         assert (t, scale) == my_step(sigma, abar)
         noise_there = math.sqrt(1 - scale**2) / scale / 2
         print(f"{name} schedule of 1000 steps, sigma {sigma:4}: step {t}, whose noise is {noise_there:.4f}")
-show(certify.diffusion_step, certify.denoise_by_diffusion)
+show(diffusion.diffusion_step, diffusion.denoise_by_diffusion)
 
 # %% [markdown]
 # **A closed form.** For Gaussian data, $x\sim\mathcal N(\bar x, \Sigma)$, the best denoiser is known, and linear:
@@ -797,12 +826,12 @@ def wiener(noisy, sigma):
 
 for sigma in LEVELS:
     noisy = x.double() + sigma * torch.randn(x.shape, dtype=torch.float64)
-    t, scale = certify.diffusion_step(sigma, abar)
+    t, scale = diffusion.diffusion_step(sigma, abar)
     at_step = math.sqrt(1 - scale**2) / scale / 2                                      # a little above sigma
-    found = certify.denoise_by_diffusion(e_hat, noisy, sigma, abar)
+    found = diffusion.denoise_by_diffusion(e_hat, noisy, sigma, abar)
     torch.testing.assert_close(found, my_diffusion_denoiser(e_hat, noisy, t, abar))
     torch.testing.assert_close(found, wiener(noisy, at_step))
-    theirs, ours = ((images - x).square().mean().item() for images in (found, certify.denoise(dmae, noisy.float())))
+    theirs, ours = ((images - x).square().mean().item() for images in (found, denoise.denoise(dmae, noisy.float())))
     print(f"sigma {sigma:4}: mean squared error {theirs:.4f} of the Gaussian diffusion, {ours:.4f} of DMAE")
 
 # %% [markdown]
@@ -820,7 +849,7 @@ assumed = ((1 - abar[steps]) / abar[steps]).sqrt() / 2                          
 own = torch.linalg.eigvalsh(Sigma / 4).clamp(min=0)                                    # 64: sigma_j^2
 w = own / (own + assumed[:, None] ** 2)                                                # steps 64
 error = ((1 - w) ** 2 * own + w**2 * SIGMA**2).mean(dim=1)                               # (6.15)
-right_step, forgotten = (certify.diffusion_step(sigma, abar)[0] for sigma in (SIGMA, SIGMA / 2))
+right_step, forgotten = (diffusion.diffusion_step(sigma, abar)[0] for sigma in (SIGMA, SIGMA / 2))
 assert abs(int(steps[error.argmin()]) - right_step) <= 1
 
 noisy = x.double() + SIGMA * torch.randn(x.shape, dtype=torch.float64)
@@ -842,8 +871,8 @@ axes = right_side.subplots(3, 6)
 for column in range(6):
     image = noisy[[15 * column]]
     draw(axes[0, column], image[0, 0], f"y = {y[15 * column]}")
-    draw(axes[1, column], certify.denoise_by_diffusion(e_hat, image, SIGMA, abar)[0, 0])
-    draw(axes[2, column], certify.denoise(dmae, image.float())[0, 0])
+    draw(axes[1, column], diffusion.denoise_by_diffusion(e_hat, image, SIGMA, abar)[0, 0])
+    draw(axes[2, column], denoise.denoise(dmae, image.float())[0, 0])
 for axis, name in zip(axes[:, 0], ("noisy", "Gaussian\ndiffusion", "DMAE"), strict=True):
     axis.set_ylabel(name, rotation=0, ha="right", va="center")
 plt.show()
@@ -1136,7 +1165,7 @@ for sigma in (0.25, 0.5, 1.0):
     for row in [*select(part="denoised", sigma=sigma), *select(part="ensemble", sigma=sigma)]:
         name = row["objective"]
         if row["part"] == "ensemble":
-            name = f"three of {METHODS[name][0]}, {'consensus of 2' if '--consensus' in row['command'] else 'mean'}"
+            name = f"three of {METHODS[name][0]}, {'consensus of 2' if 'consensus' in row['command'] else 'mean'}"
         line = f"sigma {sigma:4}: {name:44} ACR {row['two-sided']['acr']:.3f}   certified (%) {percentages([row])}"
         base = "gaussian" if row["part"] == "denoised" else row["objective"]
         single = select(part="equal epochs", objective=base, init="dmae", sigma=sigma)

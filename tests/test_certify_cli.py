@@ -1,10 +1,14 @@
-"""certify.py from the command line: files, resume, processes, reports, and what is refused."""
+"""certify.py from the command line: its files, processes, kills, resuming, and what is refused."""
 
 import csv
+import functools
 import hashlib
 import io
+import itertools
 import json
+import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
@@ -18,19 +22,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 from torch.distributed.run import get_args_parser
 
 import certify as c
-from certify import FixedN, GaussianNoise, certify, certify_all, main
+import extras.integer_noise
+import extras.pictures
+import extras.sequential
+import finetune
+from certify import certificate, certify, certify_all, generator_for, main
+from extras.sequential import sequential
 from model import VisionTransformer
 
-COLUMNS = ["idx", "label", "predict", "radius", "correct", "count", "n", "sigma", "alpha", "top", "runner_up", "classes",
-           "one_sided", "two_sided"]                                  # less the time
-
-ROOT, TEST = Path(c.__file__).parent, 1437                            # the test set: load_digits()'s images from 1437 on
-NAME = "certify_sigma_0.25.tsv"
+COLUMNS = ["idx", "label", "predict", "radius", "correct", "count", "n", "sigma", "alpha", "top",
+           "runner_up", "classes", "one_sided", "two_sided"]   # less the time
+ROOT, TEST = Path(c.__file__).parent, 1437                     # test images: load_digits()'s rest
+STEM, NAME = "certify_sigma_0.25", "certify_sigma_0.25.tsv"
+SEQUENTIAL = f"{extras.sequential.__file__}:sequential"
+INDICES = range(0, 360, 55)                                    # --skip 55: seven images
+SMALL = ["--sigma", "0.25", "--device", "cpu", "--skip", "55", "--N", "300", "--N0", "50",
+         "--alpha", "0.05", "--radii", "0", "0.25", "--batch", "100"]
 NEAREST_MEAN = f"""
 import numpy as np, torch
 from sklearn.datasets import load_digits
@@ -40,21 +51,9 @@ MEANS = torch.tensor(np.stack([x[y == k].mean(0) for k in range(10)]), dtype=tor
 calls = 0
 def nearest(images):
     return -(images - MEANS[None, :]).square().sum((2, 3))
-def second_nearest(images):
-    return nearest(images).where(nearest(images) < nearest(images).amax(1, keepdim=True), torch.tensor(-1e9))
-def constant(images):
-    return torch.eye(10)[torch.full((len(images),), 7)]
-not_callable = 3
+def farthest(images):
+    return -nearest(images)
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As OMP_NUM_THREADS=1 in the subprocesses."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -62,14 +61,9 @@ def checkpoint(tiny_run):
     return str(tiny_run / "finetune_sigma_0.25.pt")
 
 
-INDICES = range(0, 360, 55)                                           # --skip 55: seven images
-SMALL = ["--sigma", "0.25", "--device", "cpu", "--skip", "55", "--n", "300", "--n0", "50", "--alpha", "0.05",
-         "--radii", "0", "0.25", "--batch", "100"]
-
-
 @pytest.fixture(scope="module")
 def command(tiny_run):
-    """command(out, *more): the arguments of a small run. A flag that stands twice: the later one counts."""
+    """command(out, *more): a small run's arguments. Of two equal flags the later counts."""
     file = str(tiny_run / "finetune_sigma_0.25.pt")
     return lambda out, *more: [*SMALL, "--checkpoint", file, "--out", str(out), *map(str, more)]
 
@@ -84,41 +78,62 @@ def reference(command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unfinished(command, tmp_path_factory):
-    """As reference, but interrupted (Ctrl-C) in the fourth of the seven images; not to be written to."""
+    """As reference, but stopped in the fourth of the seven images; not to be written to."""
     out = tmp_path_factory.mktemp("unfinished")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assert interrupted(command, out, monkeypatch) == 130
+    original, calls = c.row_of, itertools.count(1)
+
+    def row_of(*arguments):
+        if next(calls) > 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(c, "row_of", row_of)
+        main(command(out))
     return out
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """mine(source) -> FILE of a classifier: the nearest class mean, and what source says."""
+
+    def write(source=""):
+        (tmp_path / "mine.py").write_text(NEAREST_MEAN + source)
+        return tmp_path / "mine.py"
+
+    return write
 
 
 def copied(folder, out):
     """A copy of a run, to go on in."""
-    shutil.copytree(folder, out, dirs_exist_ok=True)
-    return out
+    return Path(shutil.copytree(folder, out, dirs_exist_ok=True))
 
 
 def rows(path):
     """The rows as dicts, without the time."""
-    return [{key: value for key, value in row.items() if key != "time"} for row in
-            csv.DictReader(io.StringIO(Path(path).read_text()), delimiter="\t")]
+    lines = csv.DictReader(io.StringIO(Path(path).read_text()), delimiter="\t")
+    return [{key: value for key, value in row.items() if key != "time"} for row in lines]
 
 
 def timeless(path):
     """The file's bytes less the time column."""
-    return [line.split(b"\t")[:5] + line.split(b"\t")[6:] for line in Path(path).read_bytes().split(b"\n")]
+    lines = Path(path).read_bytes().split(b"\n")
+    return [line.split(b"\t")[:5] + line.split(b"\t")[6:] for line in lines]
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if not path.name.endswith(".lock")}
+    """{name: content}, less the locks."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name[0] != "."}
 
 
-def refused(argv, capsys, *words, status=2):
+def refused(argv, capsys, *words, status=2, by=main):
     """main(argv) ends with `status` and one line on stderr that holds the words."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        main([*map(str, argv)])
+        by([*map(str, argv)])
     lines = capsys.readouterr().err.splitlines()
-    assert error.value.code == status and len(lines) == 1 and lines[0].startswith("certify.py: error: "), lines
+    assert error.value.code == status and len(lines) == 1, lines
+    assert lines[0].startswith("certify.py: error: ")
     for word in words:
         assert str(word) in lines[0]
 
@@ -135,95 +150,94 @@ def network(file):
     return vit.eval()
 
 
-def by_hand(classifier, indices, n=300, n0=50, alpha=0.05, seed=0, noise=None):
+def by_hand(classifier, indices, procedure=c.fixed_n, n=300, radii=()):
     """What the TSV must say of these test images, through the Python interface."""
-    trials = certify_all(classifier, [(i, digit(i)) for i in indices], noise or GaussianNoise(0.25), n0, FixedN(n, alpha), seed)
-    labels, result = load_digits().target[TEST:], []
-    for t in trials:
-        prediction, radius = t.certificate(0.25)
-        correct, k = int(prediction == labels[t.index]), t.counts[t.top]
-        rivals = t.counts.tolist()
-        del rivals[t.top]
-        values = [t.index, labels[t.index], prediction, f"{radius:.6f}", correct, int(k), n, 0.25, alpha, t.top,
-                  max(rivals) + n - sum(rivals) - int(k), len(rivals) + 1]
+    images = [(i, digit(i)) for i in indices]
+    trials = certify_all(classifier, images, 0.25, 50, n, 0.05, 0, radii, procedure=procedure)
+    labels, result = load_digits().target[TEST:], {}
+    for i, _, top, counts, drawn, bounds in trials:
+        prediction, radius = certificate(top, *bounds["one-sided"], 0.25)
+        k, rivals = int(counts[top]), counts.tolist()
+        del rivals[top]
+        values = [i, labels[i], prediction, f"{radius:.6f}", int(prediction == labels[i]), k, drawn,
+                  0.25, 0.05, top, max(rivals) + drawn - sum(rivals) - k, len(rivals) + 1]
         for bound in c.BOUNDS:
-            guess, by_that = t.certificate(0.25, bound)
+            guess, by_that = certificate(top, *bounds[bound], 0.25)
             values.append(-1 if guess == -1 else f"{by_that:.6f}")
-        result.append(dict(zip(COLUMNS, map(str, values), strict=True)))
-    return result
+        result[i] = dict(zip(COLUMNS, map(str, values), strict=True))
+    return [result[i] for i in indices]
 
 
-# -- The file ------------------------------------------------------------------------------------------------------------
+def perturbed(checkpoint, path, **other):
+    content = torch.load(checkpoint)
+    generator = torch.Generator().manual_seed(1)
+    content["model"] = {k: v + 0.05 * torch.randn(v.shape, generator=generator)
+                        for k, v in content["model"].items()}
+    torch.save(content | other, path)
+    return path
+
+
+# -- The file --------------------------------------------------------------------------------------
 
 
 def test_the_tsv_is_cohens_with_our_columns_and_holds_what_certify_gives(reference, checkpoint):
     lines = (reference / NAME).read_text().splitlines()
-    assert lines[0].split("\t") == ["idx", "label", "predict", "radius", "correct", "time", *COLUMNS[5:]]
+    assert lines[0].split("\t") == [*COLUMNS[:5], "time", *COLUMNS[5:]]
     assert [int(line.split("\t")[0]) for line in lines[1:]] == [*INDICES]
-    assert all(re.fullmatch(r"\d+:\d\d:\d\d(\.\d{6})?", line.split("\t")[5]) for line in lines[1:])
-    assert rows(reference / NAME) == by_hand(network(checkpoint), INDICES)
+    for line in lines[1:]:
+        assert re.fullmatch(r"\d+:\d\d:\d\d(\.\d{6})?", line.split("\t")[5])
     vit = network(checkpoint)
-    for row in rows(reference / NAME)[:3]:                            # and the two-line interface says the same
-        prediction, radius = certify(vit, digit(int(row["idx"])), 0.25, 50, 300, 0.05, index=int(row["idx"]))
+    assert rows(reference / NAME) == by_hand(vit, INDICES)
+    for row in rows(reference / NAME)[:3]:                     # and the two-line interface
+        i = int(row["idx"])
+        prediction, radius = certify(vit, digit(i), 0.25, 50, 300, 0.05, index=i)
         assert (row["predict"], row["radius"]) == (str(prediction), f"{radius:.6f}")
 
 
-def test_settings_lie_beside_it_with_the_checkpoints_hash(reference, checkpoint):
-    settings = json.loads((reference / "certify_sigma_0.25.json").read_text())
-    assert settings["sha256"] == [hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()]
-    expected = dict(sigma=0.25, n=300, n0=50, alpha=0.05, seed=0, skip=55, max=None, dataset="digits", device="cpu",
-                    dtype="fp32", sequential=False, sound=False, bound="one-sided")
-    assert settings | expected == settings
-    with Image.open(reference / "certify_sigma_0.25.png") as picture:
+def test_settings_and_a_fingerprint_lie_beside_it(reference, checkpoint):
+    settings = json.loads((reference / f"{STEM}.json").read_text())
+    expected = dict(
+        sigma=0.25, n=300, n0=50, alpha=0.05, seed=0, skip=55, max=0, dataset="digits", size=8,
+        procedure="fixed_n", bound="one-sided", batch=100, device="cpu", dtype="fp32",
+        recipe="digits", checkpoint=checkpoint)
+    assert settings | expected == settings and "radii" not in settings
+    noise = torch.randn(100, 1, 8, 8, generator=generator_for(0, 0, 3, torch.device("cpu")))
+    with torch.no_grad():
+        logits = network(checkpoint)(digit(0) + 0.25 * noise)
+    assert np.allclose(settings["fingerprint"], logits[:8], rtol=1e-5, atol=1e-6)
+    with Image.open(reference / f"{STEM}.png") as picture:
         assert picture.format == "PNG"
-    assert {*files(reference)} == {NAME, "certify_sigma_0.25.json", "certify_sigma_0.25.png"}         # no part is left
+    assert {*files(reference)} == {NAME, f"{STEM}.json", f"{STEM}.png"}      # no part is left
 
 
 def test_a_second_directory_gets_the_same_bytes_time_aside(reference, command, tmp_path):
-    main(command(tmp_path / "b"))
+    main(command(tmp_path / "b", "--radii", "0.1"))            # the table's alone
     assert timeless(tmp_path / "b" / NAME) == timeless(reference / NAME)
     main(command(tmp_path / "c", "--seed", "1"))
     assert timeless(tmp_path / "c" / NAME) != timeless(reference / NAME)
 
 
-def test_the_table_is_printed_with_abstentions_and_an_exact_interval(command, tmp_path, capsys):
+def test_the_table_is_printed_with_both_bounds(command, tmp_path, capsys):
     main(command(tmp_path / "new"))
     out = capsys.readouterr().out
+    assert f"wrote {tmp_path}/new/{NAME}\n" in out
     done = rows(tmp_path / "new" / NAME)
-    right = sum(row["correct"] == "1" for row in done)
-    interval = binomtest(right, 7).proportion_ci(method="exact")
-    assert f"{interval.low:.1%}" in out and f"{interval.high:.1%}" in out and f"{right / 7:.1%}" in out
-    cells = next(line for line in out.splitlines() if line.split()[:3] == ["0.25", "one-sided", "7"]).split()
-    assert cells[3] == f"{100 * right / 7:.1f}"
-    two = sum(row["top"] == row["label"] and float(row["two_sided"]) >= 0 for row in done)
-    assert f"0.25 two-sided 7 {100 * two / 7:.1f} " in " ".join(out.split())
-    assert f"{100 * sum(row['predict'] == '-1' for row in done) / 7:.1f}%" in cells
-    assert f"{sum(float(row['radius']) for row in done if row['correct'] == '1') / 7:.3f}" in cells
+    for bound in c.BOUNDS:
+        column = bound.replace("-", "_")
+        right = [float(row[column]) for row in done
+                 if row["top"] == row["label"] and float(row[column]) >= 0]
+        share = [f"{100 * sum(r >= least for r in right) / 7:.1f}" for least in (0, 0.25)]
+        abstained = sum(row[column] == "-1" for row in done) / 7
+        (line,) = [line for line in out.splitlines() if bound in line]
+        cells = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        assert cells == ["0.25", bound, "7", *share, f"{sum(right) / 7:.3f}", f"{abstained:.1%}"]
 
 
-def test_repeated_it_says_that_it_is_done_and_changes_nothing(command, reference, tmp_path, capsys):
+def test_repeated_it_prints_the_table_and_changes_nothing(command, reference, tmp_path, capsys):
     before = files(copied(reference, tmp_path))
     capsys.readouterr()
     main(command(tmp_path))
-    assert "done" in capsys.readouterr().out and files(tmp_path) == before
-
-
-def test_what_a_kill_left_undone_after_the_last_row_is_done_by_the_same_command(command, reference, tmp_path, capsys):
-    """The TSV is there, its picture is not, and its parts are still there."""
-    copied(reference, tmp_path)
-    (tmp_path / "certify_sigma_0.25.png").unlink()
-    (tmp_path / f"{NAME}.part0").write_bytes((tmp_path / NAME).read_bytes())
-    main(command(tmp_path))
-    assert {*files(tmp_path)} == {*files(reference)} and timeless(tmp_path / NAME) == timeless(reference / NAME)
-    assert "ACR" in capsys.readouterr().out
-
-
-def test_overwrite_starts_again(command, reference, unfinished, tmp_path):
-    for before in (reference, unfinished):
-        copied(before, tmp_path)
-    main(command(tmp_path, "--overwrite", "--max", "2"))
-    assert not list(tmp_path.glob("*.part*"))
-    assert [row["idx"] for row in rows(tmp_path / NAME)] == ["0", "55"]
+    assert "ACR" in capsys.readouterr().out and files(tmp_path) == before
 
 
 def test_a_classifier_never_sees_a_label(reference, command, tmp_path, monkeypatch):
@@ -231,166 +245,53 @@ def test_a_classifier_never_sees_a_label(reference, command, tmp_path, monkeypat
 
     def shuffled(*arguments):
         images = original(*arguments)
-        images.labels = (images.labels + 1 + torch.arange(len(images)) % 9) % 10          # every label is wrong
-        return images
+        shift = 1 + torch.arange(len(images.labels)) % 9       # every label is wrong
+        return images._replace(labels=(images.labels + shift) % 10)
 
     monkeypatch.setattr(c, "open_images", shuffled)
     main(command(tmp_path))
     ours, theirs = rows(tmp_path / NAME), rows(reference / NAME)
-    assert [row["label"] for row in ours] != [row["label"] for row in theirs]
+    assert all(a["label"] != b["label"] for a, b in zip(ours, theirs, strict=True))
     for row in (*ours, *theirs):
         assert row.pop("correct") == str(int(row.pop("label") == row["predict"]))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("batch", [50, 200])
-def test_another_batch_gives_the_same_rows_for_a_classifier_that_does_not_round(tmp_path, batch):
-    (tmp_path / "mine.py").write_text(NEAREST_MEAN)
+def test_another_batch_gives_the_same_rows_where_f_does_not_round(mine, tmp_path, batch):
     for size in (100, batch):
-        main([*SMALL, "--classifier", f"{tmp_path}/mine.py:nearest", "--out", str(tmp_path / str(size)), "--batch", str(size)])
+        main([*SMALL, "--classifier", f"{mine()}:nearest", "--out", str(tmp_path / str(size)),
+              "--batch", str(size)])
     assert timeless(tmp_path / "100" / NAME) == timeless(tmp_path / str(batch) / NAME)
 
 
-# -- Processes, interruptions ----------------------------------------------------------------------------------------------
+def test_any_classifier_certifies(mine, tmp_path):
+    main([*SMALL, "--out", str(tmp_path / "run"), "--classifier", f"{mine()}:nearest"])
+    space = {}
+    exec(NEAREST_MEAN, space)
+    done = rows(tmp_path / "run" / NAME)
+    assert done == by_hand(space["nearest"], INDICES)
+    assert sum(row["correct"] == "1" for row in done) >= 4
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_tsv_does_not_depend_on_the_number_of_processes(reference, command, torchrun, tmp_path, processes):
-    """Seven images: an uneven share for two processes and for three."""
-    job = torchrun(processes, ROOT / "certify.py", *command(tmp_path))
-    out = job.communicate(timeout=300)[0]
-    assert job.returncode == 0, out
-    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
-    assert not list(tmp_path.glob("*.part*"))
-    assert out.count("ACR  abstain") == 1                             # one process talks
+def test_the_committed_rows_are_those_of_the_committed_classifier(tmp_path):
+    """Of another kind of CPU a few counts may differ."""
+    folder = ROOT / "results/digits"
+    main(["--sigma", "0.25", "--checkpoint", str(folder / "finetune_sigma_0.25.pt"), "--device",
+          "cpu", "--out", str(tmp_path), "--max", "3"])
+    for ours, theirs in zip(rows(tmp_path / NAME), rows(folder / NAME)[:3], strict=True):
+        for key in ("idx", "label", "predict", "correct", "n", "sigma", "alpha", "top", "classes"):
+            assert ours[key] == theirs[key]
+        assert abs(int(ours["count"]) - int(theirs["count"])) <= 3
 
 
-def test_every_flag_passes_through_torchrun(capsys):
-    """torchrun's parser reads a script's flags too, and calls --n and --max ambiguous; -- keeps it out."""
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    flags = {*re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE)}
-    assert {"--sigma", "--skip", "--shard", "--sound"} <= flags
-    refused_flags = []
-    for flag in sorted(flags):
-        try:
-            assert get_args_parser().parse_args(["--", "certify.py", flag, "1"]).training_script_args == [flag, "1"]
-        except SystemExit:
-            refused_flags.append(flag)
-    assert not refused_flags
+def test_another_sigma_than_the_checkpoints_is_a_note(command, tmp_path, capsys):
+    main(command(tmp_path, "--sigma", "0.5", "--max", "1"))
+    assert "was fine-tuned for sigma 0.25" in capsys.readouterr().out
+    assert {row["sigma"] for row in rows(tmp_path / "certify_sigma_0.5.tsv")} == {"0.5"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_in_mid_run_it_goes_on_to_the_same_file(command, tmp_path, number):
-    argv = ["--n", "1500", "--max", "5"]
-    main(command(tmp_path / "whole", *argv))
-    part = tmp_path / "cut" / f"{NAME}.part0"
-    job = subprocess.Popen([sys.executable, ROOT / "certify.py", *command(tmp_path / "cut", *argv)], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        end = time.time() + 200
-        while time.time() < end and job.poll() is None and not (part.exists() and part.read_text().count("\n") >= 2):
-            time.sleep(0.005)
-    finally:
-        job.send_signal(number)
-        err = job.communicate()[1]
-    assert job.returncode == (130 if number == signal.SIGINT else -number) and not (tmp_path / "cut" / NAME).exists()
-    if number == signal.SIGINT:
-        assert err.splitlines()[-1] == "certify.py: interrupted; the same command continues" and "Traceback" not in err
-    left = part.read_text()
-    assert 2 <= left.count("\n") < 5
-    main(command(tmp_path / "cut", *argv))
-    assert timeless(tmp_path / "cut" / NAME) == timeless(tmp_path / "whole" / NAME)
-    assert set(left.splitlines()[:2]) <= {*(tmp_path / "cut" / NAME).read_text().splitlines()}        # kept, time and all
-    assert not list((tmp_path / "cut").glob("*.part*"))
-
-
-def interrupted(command, out, monkeypatch, images=3):
-    """A run that gets a Ctrl-C while it works on the image after so many; returns its exit status."""
-    original, calls = c.generator_for, []
-
-    def generator(seed, index, phase, device):
-        calls.append(index)
-        if len(calls) > 2 * images:
-            raise KeyboardInterrupt
-        return original(seed, index, phase, device)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as status:
-        patch.setattr(c, "generator_for", generator)
-        main(command(out))
-    return status.value.code
-
-
-def test_ctrl_c_is_one_line_and_the_run_can_be_resumed(reference, command, tmp_path, monkeypatch, capsys):
-    assert interrupted(command, tmp_path, monkeypatch) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "certify.py: interrupted; the same command continues"
-    assert not (tmp_path / NAME).exists() and (tmp_path / f"{NAME}.part0").read_text().count("\n") == 3
-    main(command(tmp_path))
-    assert "3 of 7" in capsys.readouterr().out
-    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
-
-
-@pytest.mark.parametrize("torn", [
-    "275\t3", "275\t3\t-1\t0.000000\t0\t0:00:01\t120\t300\t0.25\t0.05\t3\t90\t10\t-1\t-", "2", "\n"])
-def test_a_torn_line_in_any_part_is_done_again(reference, unfinished, command, tmp_path, torn):
-    copied(unfinished, tmp_path)
-    done = (tmp_path / f"{NAME}.part0").read_text().splitlines(keepends=True)
-    (tmp_path / f"{NAME}.part0").write_text("".join(done[:2]) + torn)
-    (tmp_path / f"{NAME}.part11").write_text("".join(done[1:]) + torn)                    # from a run of more processes
-    main(command(tmp_path))
-    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
-    assert not list(tmp_path.glob("*.part*"))
-
-
-def test_rows_of_an_interrupted_run_are_not_done_again(command, unfinished, tmp_path, monkeypatch):
-    copied(unfinished, tmp_path)
-    seen, original = set(), c.generator_for
-    monkeypatch.setattr(c, "generator_for", lambda seed, index, *rest: seen.add(index) or original(seed, index, *rest))
-    main(command(tmp_path))
-    assert seen == {165, 220, 275, 330}
-
-
-@pytest.mark.parametrize(("flag", "value", "words"), [
-    ("--alpha", "0.01", ("alpha", "0.05", "0.01")), ("--seed", "1", ("seed", "0", "1")), ("--n", "400", ("n 300", "400")),
-    ("--n0", "60", ("n0", "50", "60")), ("--sequential", None, ("sequential",)), ("--sound", None, ("sound",)),
-    ("--skip", "40", ("skip", "55", "40")), ("--max", "6", ("max", "None", "6")),
-    ("--dtype", "bf16", ("dtype", "fp32", "bf16")), ("--batch", "50", ("batch", "100", "50")),
-    ("--bound", "two-sided", ("bound", "one-sided", "two-sided"))])
-@pytest.mark.parametrize("finished", [True, False])
-def test_other_settings_are_refused_by_name(command, reference, unfinished, tmp_path, capsys, flag, value, words, finished):
-    before = files(copied(reference if finished else unfinished, tmp_path))
-    refused(command(tmp_path, flag, *[value] * (value is not None)), capsys, "other settings", "--out", *words)
-    assert files(tmp_path) == before
-
-
-def perturbed(checkpoint, path, **other):
-    content = torch.load(checkpoint)
-    generator = torch.Generator().manual_seed(1)
-    content["model"] = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in content["model"].items()}
-    torch.save(content | other, path)
-    return path
-
-
-def test_another_checkpoint_is_refused_and_a_moved_one_is_not(command, reference, checkpoint, tmp_path, capsys):
-    before = files(copied(reference, tmp_path / "run"))
-    moved = tmp_path / "moved.pt"
-    moved.write_bytes(Path(checkpoint).read_bytes())
-    other = perturbed(checkpoint, tmp_path / "other.pt")
-    refused(command(tmp_path / "run", "--checkpoint", other), capsys, "sha256")
-    assert files(tmp_path / "run") == before
-    main(command(tmp_path / "run", "--checkpoint", moved))
-    assert "done" in capsys.readouterr().out
-
-
-def test_a_run_in_use_is_refused(command, tmp_path, capsys):
-    with filelock.FileLock(tmp_path / f".{Path(NAME).stem}.lock"):    # as another process holds it
-        refused(command(tmp_path), capsys, "in use")
-        assert files(tmp_path) == {}
-    main(command(tmp_path, "--max", "1"))
-
-
-# -- Which images ----------------------------------------------------------------------------------------------------------
+# -- Which images, which flags ---------------------------------------------------------------------
 
 
 def test_skip_and_max_choose_images(command, tmp_path):
@@ -400,68 +301,572 @@ def test_skip_and_max_choose_images(command, tmp_path):
     assert [row["idx"] for row in rows(tmp_path / "all" / NAME)] == ["0", "170", "340"]
 
 
-@pytest.mark.parametrize("shards", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_shards_merged_by_report_are_the_whole(reference, command, tmp_path, capsys, shards):
-    for i in range(shards):
-        main(command(tmp_path, "--shard", f"{i}/{shards}"))
-    parts = sorted(tmp_path.glob("*.tsv"))
-    assert len(parts) == shards
-    lines = [line for part in parts for line in timeless(part)[1:-1]]
-    assert sorted(lines, key=lambda line: int(line[0])) == timeless(reference / NAME)[1:-1]
-    tables = []
-    for logs in (parts, [*parts, reference / NAME], [reference / NAME]):
-        capsys.readouterr()
-        main(["--report", *map(str, logs), "--format", "csv"])
-        tables.append([line.rsplit(",", 1)[0] for line in capsys.readouterr().out.splitlines()])      # less the mean time
-    assert tables[0] == tables[1] == tables[2]
+def test_cohens_names_of_flags_are_other_names(command, tmp_path):
+    main(command(tmp_path, "--N", "200", "--N0", "20", "--limit", "2"))
+    settings = json.loads((tmp_path / f"{STEM}.json").read_text())
+    assert (settings["n"], settings["n0"], settings["max"]) == (200, 20, 2)
+    assert [row["n"] for row in rows(tmp_path / NAME)] == ["200", "200"]
 
 
-# -- Modes -------------------------------------------------------------------------------------------------------------------
+def test_every_flag_has_a_name_that_torchrun_leaves_alone(capsys):
+    """torchrun takes --n and --max for abbreviations of its own flags."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = re.findall(r"^  (--.*)", capsys.readouterr().out, re.MULTILINE)
+    passed = {}
+    for line in lines:
+        for name in re.findall(r"--[\w-]+", line.split("  ")[0]):
+            try:
+                script = get_args_parser().parse_args(["certify.py", name, "1"])
+                passed.setdefault(line, []).append(script.training_script_args == [name, "1"])
+            except SystemExit:
+                passed.setdefault(line, []).append(False)
+    assert len(passed) > 20 and all(any(names) for names in passed.values()), passed
 
 
-def test_sequential_saves_draws_and_says_so(command, checkpoint, tmp_path, capsys):
-    argv = command(tmp_path, "--sequential", "--n", "4000", "--max", "4", "--radii", "0", "0.25", "5")
+# -- Processes that never talk ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(command, monkeypatch, capsys):
+    """process(out, job, jobs, rank, world, *more) -> what that process of a job array prints."""
+
+    def run(out, job=0, jobs=1, rank=0, world=1, *more):
+        with monkeypatch.context() as patch:
+            patch.setattr(c, "RANK", rank)
+            patch.setattr(c, "WORLD", world)
+            capsys.readouterr()
+            main(command(out, "--shard", f"{job}/{jobs}", *more))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("order", [
+    [(0, 2, 0, 1), (1, 2, 0, 1)], [(2, 3, 0, 1), (0, 3, 0, 1), (1, 3, 0, 1)],
+    [(0, 1, 1, 2), (0, 1, 0, 2)], [(1, 2, 1, 2), (0, 2, 0, 1), (1, 2, 0, 2)]])
+def test_whoever_finds_all_rows_merges(reference, process, tmp_path, order):
+    """Jobs and processes share images by a stride; the others say how many of 7 are there."""
+    there = 0
+    for job, jobs, rank, world in order[:-1]:
+        said = process(tmp_path, job, jobs, rank, world)
+        part = tmp_path / f"{NAME}.part{job}-{jobs}-{rank}-{world}"
+        share = [*INDICES][job + rank * jobs::jobs * world]
+        assert [int(line.split("\t")[0]) for line in part.read_text().splitlines()] == share
+        there += len(share)
+        assert f"{there} of 7 images are there\n" in said and not (tmp_path / NAME).exists()
+    said = process(tmp_path, *order[-1])
+    assert f"wrote {tmp_path / NAME}" in said and "ACR" in said
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+    assert {*files(tmp_path)} == {*files(reference)}
+
+
+def test_other_numbers_of_jobs_and_processes_leave_out_what_is_done(
+        reference, unfinished, process, tmp_path, monkeypatch):
+    """Shares are strides of all images; what is finished is left out only after that."""
+    seen, original = [], c.generator_for
+    watch = lambda seed, index, *rest: seen.append(index) or original(seed, index, *rest)
+    monkeypatch.setattr(c, "generator_for", watch)
+    copied(unfinished, tmp_path)                               # 0, 55 and 110 are done
+    process(tmp_path, 1, 2)
+    assert {*seen} - {0} == {165, 275}                         # of 55, 165, 275
+    process(tmp_path, 0, 1, 1, 2)
+    assert {*seen} - {0} == {165, 275}                         # of 55, 165, 275: nothing is left
+    process(tmp_path, 2, 3)
+    assert {*seen} - {0} == {165, 275}                         # of 110, 275
+    process(tmp_path)
+    assert {*seen} - {0} == {165, 220, 275, 330}
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+    assert {*files(tmp_path)} == {*files(reference)}
+
+
+def test_a_row_that_two_jobs_made_counts_once(reference, unfinished, command, tmp_path):
+    copied(unfinished, tmp_path)
+    part = tmp_path / f"{NAME}.part0-1-0-1"
+    (tmp_path / f"{NAME}.part1-4-0-1").write_text("".join(part.open().readlines()[1:]))
+    main(command(tmp_path))
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+
+
+def test_a_job_without_images_has_nothing_to_do(process, tmp_path):
+    assert "0 of 7 images are there\n" in process(tmp_path, 8, 9)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_tsv_does_not_depend_on_the_number_of_processes(
+        reference, command, torchrun, tmp_path, processes):
+    """Seven images: an uneven share for two processes and for three."""
+    job = torchrun(processes, ROOT / "certify.py", *command(tmp_path))
+    out = job.communicate(timeout=300)[0]
+    assert job.returncode == 0, out
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+    assert {*files(tmp_path)} == {*files(reference)}
+    assert out.count("ACR") == out.count("wrote") == 1         # one of them merges
+
+
+@pytest.mark.slow
+def test_jobs_of_different_sizes_at_the_same_time(reference, command, torchrun, tmp_path):
+    jobs = [torchrun(processes, ROOT / "certify.py", *command(tmp_path, "--shard", f"{job}/2"))
+            for job, processes in ((0, 2), (1, 1))]
+    said = "".join(job.communicate(timeout=300)[0] for job in jobs)
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+    assert said.count("wrote") == 1 and {*files(tmp_path)} == {*files(reference)}
+
+
+def test_a_part_in_use_is_refused(command, tmp_path, capsys):
+    tmp_path.joinpath("run").mkdir()
+    with filelock.FileLock(tmp_path / f"run/.{NAME}.lock0-1-0-1"):           # of another process
+        refused(command(tmp_path / "run"), capsys, "part0-1-0-1", "in use")
+        assert not list((tmp_path / "run").glob("*.part*"))
+        main(command(tmp_path / "run", "--shard", "0/2"))      # another part is free
+    main(command(tmp_path / "run"))
+
+
+# -- Killed anywhere -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_mid_run_it_goes_on_to_the_same_file(command, tmp_path, number):
+    argv = ["--n", "1500", "--max", "5"]
+    main(command(tmp_path / "whole", *argv))
+    part = tmp_path / "cut" / f"{NAME}.part0-1-0-1"
+    job = subprocess.Popen(
+        [sys.executable, ROOT / "certify.py", *command(tmp_path / "cut", *argv)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        end = time.time() + 200
+        while time.time() < end and job.poll() is None:
+            if part.exists() and part.read_text().count("\n") >= 2:
+                break
+            time.sleep(0.005)
+    finally:
+        job.send_signal(number)
+        job.wait()
+    assert job.returncode == -number and not (tmp_path / "cut" / NAME).exists()
+    left = part.read_text()
+    assert 2 <= left.count("\n") < 5
+    main(command(tmp_path / "cut", *argv))
+    assert timeless(tmp_path / "cut" / NAME) == timeless(tmp_path / "whole" / NAME)
+    whole = (tmp_path / "cut" / NAME).read_text().splitlines()
+    assert {*left.splitlines()[:2]} <= {*whole}                # kept, time and all
+    assert not list((tmp_path / "cut").glob("*.part*"))
+
+
+@pytest.mark.parametrize("torn", [
+    "275\t3", "275\t3\t-1\t0.000000\t0\t0:00:01\t120\t300\t0.25\t0.05\t3\t90\t10\t-1\t-", "2",
+    "275\t3\t-1\t0.0\t0\t0:00:01\t120\t300\t0.25\t0.05\t3\t90\t10\t-1\t-1", "\n"])
+def test_a_torn_row_in_any_part_is_done_again(reference, unfinished, command, tmp_path, torn):
+    """Also one that only lacks its end of line, and one to which another row was glued."""
+    copied(unfinished, tmp_path)
+    part = tmp_path / f"{NAME}.part0-1-0-1"
+    done = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(done[:2]) + torn)
+    (tmp_path / f"{NAME}.part3-8-1-2").write_text("".join(done[1:]) + torn)
+    (tmp_path / f"{NAME}.part5-8-0-1").write_text(torn.strip() + done[0])
+    main(command(tmp_path))
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_rows_of_a_stopped_run_are_not_done_again(command, unfinished, tmp_path, monkeypatch):
+    copied(unfinished, tmp_path)
+    seen, original = set(), c.generator_for
+    watch = lambda seed, index, *rest: seen.add(index) or original(seed, index, *rest)
+    monkeypatch.setattr(c, "generator_for", watch)
+    main(command(tmp_path))
+    assert seen == {0, 165, 220, 275, 330}                     # 0 for the fingerprint
+
+
+def test_what_a_kill_left_undone_after_the_last_row_is_done(command, reference, tmp_path, capsys):
+    """The TSV is there, its picture is not, and a part is still there."""
+    copied(reference, tmp_path)
+    (tmp_path / f"{STEM}.png").unlink()
+    (tmp_path / f"{NAME}.part1-2-0-1").write_text("".join((tmp_path / NAME).open().readlines()[1:]))
+    main(command(tmp_path))
+    assert {*files(tmp_path)} == {*files(reference)}
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+    assert "ACR" in capsys.readouterr().out
+
+
+LINEAR = """
+import torch
+W = torch.randn(64, 10, generator=torch.Generator().manual_seed(3))
+f = lambda x: x.flatten(1) @ W
+"""
+
+
+class Moments:
+    """A process's appends, truncations, renames and unlinks; at one of them it kills itself."""
+
+    def __init__(self, last):
+        self.last, self.passed = last, 0
+
+    def now(self):
+        self.passed += 1
+        if self.passed == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(self, function):
+        @functools.wraps(function)
+        def wrapped(*arguments, **more):
+            self.now()
+            result = function(*arguments, **more)
+            self.now()
+            return result
+        return wrapped
+
+    def open(self, path, mode="r"):
+        return TwoHalves(self, path) if mode == "a" else open(path, mode)
+
+
+class TwoHalves(io.TextIOWrapper):
+    """A text file to append to, where a row reaches the disk in two halves."""
+
+    def __init__(self, moments, path):
+        super().__init__(open(path, "ab"))                     # noqa: SIM115
+        self.moments = moments
+
+    def write(self, row):
+        self.moments.now()
+        for half in (row[:len(row) // 2], row[len(row) // 2:]):
+            super().write(half)
+            self.flush()
+            self.moments.now()
+
+
+def start(argv, last=0, rank=0, world=1):
+    """A forked process `rank` of `world` of certify.py, which dies at its moment `last`."""
+    def run():
+        moments = Moments(last)
+        c.RANK, c.WORLD, c.open = rank, world, moments.open
+        os.replace, os.truncate = moments.around(os.replace), moments.around(os.truncate)
+        Path.unlink = moments.around(Path.unlink)
+        c.plot = lambda path, curves: Path(path).touch()       # which would take longest
+        sys.stdout = sys.stderr = open(os.devnull, "w")        # noqa: SIM115
+        main(argv)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    return child
+
+
+def ended(child):
+    child.join(120)
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode == 0
+
+
+@pytest.fixture
+def array(tmp_path, monkeypatch):
+    """(argv(out, job, jobs), the rows of an undisturbed run) of a classifier that is quick."""
+    (tmp_path / "linear.py").write_text(LINEAR)
+    monkeypatch.setattr(c, "open_images", functools.cache(c.open_images))    # for all that fork
+
+    def argv(out, job=0, jobs=1):
+        return ["--sigma", "0.25", "--classifier", f"{tmp_path}/linear.py:f", "--device", "cpu",
+                "--skip", "30", "--n", "100", "--batch", "100", "--out", f"{tmp_path}/{out}",
+                "--shard", f"{job}/{jobs}"]
+
+    main(argv("whole"))
+    return argv, timeless(tmp_path / "whole" / NAME)
+
+
+def is_whole(out, expected):
+    """Exactly the chosen images, each once, with the rows of an undisturbed run; no part left."""
+    return (timeless(out / NAME) == expected and len(expected) == 12 + 2
+            and {*files(out)} == {NAME, f"{STEM}.json", f"{STEM}.png"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("torn_at", "moments"), [(0, 2 + 12 * 3 + 2 + 2), (22, 2 + 6 * 3 + 2 + 2)])
+def test_a_kill_at_every_append_rename_and_unlink_changes_nothing(
+        array, tmp_path, torn_at, moments):
+    """Of a new run, and of one that goes on behind half of the seventh row, and cuts it off."""
+    argv, expected = array
+    for last in itertools.count(1):
+        out = tmp_path / str(last)
+        if torn_at:
+            assert not ended(start(argv(last), torn_at))
+        survived = ended(start(argv(last), last))
+        assert ended(start(argv(last))) and is_whole(out, expected)
+        if survived:
+            break
+    assert last == moments + 1
+
+
+@pytest.mark.parametrize("trials", [
+    pytest.param(8, marks=pytest.mark.slow), pytest.param(200, marks=pytest.mark.soak)])
+def test_jobs_that_are_killed_and_mixed_end_with_the_same_file(array, tmp_path, trials):
+    """One, two or three jobs, each of one or two processes, at the same time, any of them killed.
+
+    Then others, until all rows are there.
+    """
+    argv, expected = array
+    deaths = 0
+    for trial in range(trials):
+        chance, out = random.Random(trial), tmp_path / str(trial)
+        while not (out / NAME).exists() or list(out.glob("*.part*")):
+            before = len(c.finished_rows(out / NAME))
+            jobs = chance.choice((1, 2, 3))
+            children = []
+            for job in range(jobs):
+                world = chance.choice((1, 2))
+                for rank in range(world):
+                    if chance.random() < 0.8:
+                        last = chance.choice((0, *range(1, 30)))
+                        children.append(start(argv(trial, job, jobs), last, rank, world))
+            deaths += sum(not ended(child) for child in children)
+            assert (out / NAME).exists() or len(c.finished_rows(out / NAME)) >= before
+        assert ended(start(argv(trial))) and is_whole(out, expected)
+    assert deaths > 2 * trials
+
+
+# -- The same run, or another ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flag", "value", "words"), [
+    ("--alpha", "0.01", "alpha 0.05 -> 0.01"), ("--seed", "1", "seed 0 -> 1"),
+    ("--n", "400", "n 300 -> 400"), ("--n0", "60", "n0 50 -> 60"),
+    ("--skip", "40", "skip 55 -> 40"), ("--max", "6", "max 0 -> 6"),
+    ("--dtype", "bf16", "dtype fp32 -> bf16"), ("--batch", "50", "batch 100 -> 50"),
+    ("--bound", "two-sided", "bound one-sided -> two-sided"),
+    ("--procedure", SEQUENTIAL, "procedure fixed_n -> ")])
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_are_refused_by_name(
+        command, reference, unfinished, tmp_path, capsys, flag, value, words, finished):
+    before = files(copied(reference if finished else unfinished, tmp_path))
+    refused(command(tmp_path, flag, value), capsys, "other settings", "--out", words)
+    assert files(tmp_path) == before
+
+
+def test_how_a_run_is_run_may_change(command, reference, unfinished, checkpoint, tmp_path):
+    """The checkpoint's place, the radii of the table, the share of the images."""
+    copied(unfinished, tmp_path)
+    moved = shutil.copy(checkpoint, tmp_path / "moved.pt")
+    for job in (0, 1):
+        main(command(tmp_path, "--checkpoint", moved, "--radii", "0.1", "--compile", "off",
+                     "--shard", f"{job}/2"))
+    assert timeless(tmp_path / NAME) == timeless(reference / NAME)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_other_numbers_of_threads_have_the_same_fingerprint(command, tmp_path, dtype):
+    argv = command(tmp_path, "--dtype", dtype, "--max", "1", "--n", "100")
     main(argv)
-    out, err = capsys.readouterr()
+    torch.set_num_threads(2)
+    try:
+        main(argv)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_another_checkpoint_is_refused(
+        command, reference, unfinished, checkpoint, tmp_path, capsys):
+    other = perturbed(checkpoint, tmp_path / "other.pt")
+    for folder in (reference, unfinished):
+        before = files(copied(folder, tmp_path / folder.name))
+        refused(command(tmp_path / folder.name, "--checkpoint", other), capsys,
+                "begun by another classifier", "--out")
+        assert files(tmp_path / folder.name) == before
+
+
+@pytest.mark.slow
+def test_the_weights_of_the_epoch_before_are_another_classifier(
+        command, tiny_run, tmp_path, monkeypatch, capsys):
+    original, epochs = finetune.save, []
+
+    def save(path, *arguments, epoch, **rest):
+        original(path, *arguments, epoch=epoch, **rest)
+        epochs.append(shutil.copy(path, tmp_path / f"{len(epochs)}.pt"))
+
+    monkeypatch.setattr(finetune, "save", save)
+    finetune.main(["--sigma", "0.25", "--epochs", "4", "--warmup-epochs", "1", "--save-every", "1",
+                   "--init", str(tiny_run / "pretrain.pt"), "--device", "cpu",
+                   "--out", str(tmp_path / "tuned")])
+    for dtype in ("fp32", "bf16"):
+        argv = ["--dtype", dtype, "--max", "1", "--checkpoint"]
+        main(command(tmp_path / dtype, *argv, epochs[3]))
+        refused(command(tmp_path / dtype, *argv, epochs[2]), capsys, "begun by another classifier")
+
+
+WEIGHTS = {
+    "in functools.cache": """
+@functools.cache
+def network():
+    torch.manual_seed(WHICH)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+f = lambda x: network()(x)
+""",
+    "in .npy": """
+numpy.save(f"{__file__}.npy", numpy.random.default_rng(WHICH).normal(size=(64, 10)))
+weights = torch.from_numpy(numpy.load(f"{__file__}.npy")).float()
+f = lambda x: x.flatten(1) @ weights
+""",
+    "in a module beside it": """
+pathlib.Path(__file__).with_name("beside.py").write_text("SEED = " + str(WHICH) + WHICH * " ")
+import beside
+importlib.reload(beside)
+weights = torch.randn(64, 10, generator=torch.Generator().manual_seed(beside.SEED))
+f = lambda x: x.flatten(1) @ weights
+""",
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_changed_while_the_file_did_not_are_refused(
+        kind, tmp_path, monkeypatch, capsys):
+    """A row of one network and a row of another would stand in one table."""
+    first = "import functools, importlib, os, numpy, pathlib, torch\n"
+    first += "WHICH = int(os.environ['WHICH'])\n"
+    (tmp_path / "mine.py").write_text(first + WEIGHTS[kind])
+    argv = [*SMALL, "--classifier", f"{tmp_path}/mine.py:f", "--out", str(tmp_path / "run")]
+    monkeypatch.setenv("WHICH", "1")
+    main([*argv, "--shard", "0/2"])
+    before = files(tmp_path / "run")
+    monkeypatch.setenv("WHICH", "2")
+    refused([*argv, "--shard", "1/2"], capsys, "begun by another classifier: its logits differ")
+    assert files(tmp_path / "run") == before
+    monkeypatch.setenv("WHICH", "1")
+    main([*argv, "--shard", "1/2"])
+    assert len(rows(tmp_path / "run" / NAME)) == 7
+
+
+def test_another_function_of_the_same_file_is_another_classifier(mine, tmp_path, capsys):
+    argv = [*SMALL, "--out", str(tmp_path / "run"), "--max", "1", "--classifier"]
+    main([*argv, f"{mine()}:nearest"])
+    refused([*argv, f"{mine()}:farthest"], capsys, "begun by another classifier")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_rows_without_their_settings_are_refused(
+        command, reference, unfinished, tmp_path, capsys, finished):
+    copied(reference if finished else unfinished, tmp_path)
+    (tmp_path / f"{STEM}.json").unlink()
+    before = files(tmp_path)
+    refused(command(tmp_path), capsys, f"{STEM}.json is missing")
+    assert files(tmp_path) == before
+
+
+def test_an_unfinished_run_of_the_old_version_is_refused(command, tmp_path, capsys):
+    old = ROOT / "results/digits"
+    shutil.copy(old / f"{STEM}.json", tmp_path)
+    (tmp_path / f"{NAME}.part0").write_text("".join((old / NAME).open().readlines()[1:5]))
+    before = files(tmp_path)
+    refused(command(tmp_path), capsys, "other settings", "--out")
+    assert files(tmp_path) == before
+
+
+# -- Procedures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", c.BOUNDS)
+def test_sequential_saves_draws_and_gives_what_the_interface_does(
+        command, checkpoint, tmp_path, bound):
+    radii, argv = (0.0, 0.25), ["--procedure", SEQUENTIAL, "--n", "4000", "--max", "4"]
+    main(command(tmp_path, *argv, "--bound", bound))
     done = rows(tmp_path / NAME)
     draws = [int(row["n"]) for row in done]
     assert all(1000 <= n <= 4000 and n % 100 == 0 for n in draws) and min(draws) < 4000
-    assert f"{sum(draws):,}" in out and f"{sum(draws) / 16000:.1%}" in out
-    assert "cannot be reached" in err and "r=5" not in out
-    rule = c.Sequential(4000, 0.05, 0.25, (0, 0.25))
-    trials = {str(t.index): t for t in certify_all(network(checkpoint), [(i, digit(i)) for i in INDICES[:4]],
-                                                  GaussianNoise(0.25), 50, rule)}
+    vit = network(checkpoint)
     for row in done:
-        trial = trials[row["idx"]]
-        prediction, radius = trial.certificate(0.25)
-        assert (row["predict"], row["radius"], row["count"]) == (str(prediction), f"{radius:.6f}", str(trial.k))
+        i = int(row["idx"])
+        prediction, radius = certify(vit, digit(i), 0.25, 50, 4000, 0.05, index=i, bound=bound,
+                                     procedure=sequential, radii=radii)
+        assert (row["predict"], row["radius"]) == (str(prediction), f"{radius:.6f}")
+    if bound == "one-sided":
+        assert done == by_hand(vit, INDICES[:4], sequential, 4000, radii)
 
 
-def test_sequential_knows_which_radii_its_own_bound_can_reach(command, tmp_path, capsys):
-    """With n of n successes its last bound is Clopper-Pearson's at alpha / 2: no image may draw on for a radius above."""
-    n, sigma = 2000, 0.25
-    fixed, own = (c.certified_radius(c.lower_confidence_bound(n, n, alpha), sigma) for alpha in (0.05, 0.025))
-    between = (own + fixed) / 2
-    assert own < between < fixed
-    main(command(tmp_path, "--sequential", "--n", n, "--max", "1", "--radii", "0", f"{between:.6f}"))
-    assert f"above {own:.3f} cannot be reached" in capsys.readouterr().err
+HALVES = """
+from certify import generator_for, lower_confidence_bound, two_sided_bounds
+
+def halves(index, x, sigma, n0, n, alpha, seed, radii, bound):
+    # n copies in two requests, of the streams that fixed_n has: its rows, exactly.
+    selection = yield index, x, generator_for(seed, index, 0, x.device), n0
+    top = int(selection.numpy().argmax())
+    generator = generator_for(seed, index, 1, x.device)
+    counts = yield index, x, generator, 100
+    counts = counts + (yield index, x, generator, n - 100)
+    p_a = lower_confidence_bound(int(counts[top]), n, alpha)
+    pair = two_sided_bounds(counts, top, n, alpha)
+    return top, counts, n, {"one-sided": (p_a, 1 - p_a), "two-sided": pair}
+"""
 
 
-def test_a_run_that_can_only_abstain_is_refused_and_told_the_least_n(command, tmp_path, capsys):
-    two = ["--bound", "two-sided"]
-    for flags, alpha in ((["--sequential"], 0.0005), ([], 0.001), (two, 0.0005), ([*two, "--sequential"], 0.00025)):
-        least = next(n for n in range(1, 99) if c.lower_confidence_bound(n, n, alpha) > 0.5)
-        refused(command(tmp_path / "run", *flags, "--n", least - 1, "--alpha", "0.001"), capsys, "abstain", f"--n {least} ")
+def test_a_procedure_of_ones_own_and_its_settings(reference, command, process, tmp_path, capsys):
+    """In the pool, alone and in shards; the radii and the file's content belong to the run."""
+    file = tmp_path / "halves.py"
+    file.write_text(HALVES)
+    argv = ["--procedure", f"{file}:halves"]
+    main(command(tmp_path / "run", *argv))
+    assert timeless(tmp_path / "run" / NAME) == timeless(reference / NAME)
+    settings = json.loads((tmp_path / "run" / f"{STEM}.json").read_text())
+    assert settings["procedure"] == f"{file}:halves" and settings["radii"] == [0, 0.25]
+    assert settings["procedure_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+    for job, rank in ((1, 0), (0, 1), (0, 0)):
+        process(tmp_path / "jobs", job, 2, rank, 2 - job, *argv)
+    assert timeless(tmp_path / "jobs" / NAME) == timeless(reference / NAME)
+
+    before = files(tmp_path / "run")
+    main(command(tmp_path / "run", *argv))
+    other = command(tmp_path / "run", *argv, "--radii", "0.5")
+    refused(other, capsys, "radii [0.0, 0.25] -> [0.5]")
+    file.write_text(HALVES + "# looks twice\n")
+    refused(command(tmp_path / "run", *argv), capsys, "procedure_sha256")
+    assert files(tmp_path / "run") == before
 
 
-def test_sound_certifies_with_integer_noise(command, checkpoint, tmp_path, monkeypatch):
-    def no_floats(*_):
-        raise AssertionError("floating-point noise")
+def test_an_error_in_a_procedure_keeps_its_traceback_and_all_rows(command, tmp_path):
+    broken = HALVES.replace("counts = yield", "1 / (index != 330)\n    counts = yield")
+    (tmp_path / "halves.py").write_text(broken)
+    with pytest.raises(ZeroDivisionError) as error:
+        main(command(tmp_path / "run", "--procedure", f"{tmp_path}/halves.py:halves"))
+    assert f"certify.py: error: in --procedure {tmp_path}/halves.py:halves" in error.value.__notes__
+    assert error.traceback[-1].path == tmp_path / "halves.py"
+    part = tmp_path / "run" / f"{NAME}.part0-1-0-1"
+    there = [int(line.split("\t")[0]) for line in part.read_text().splitlines()]
+    assert there == [*INDICES[:4]]                             # four are in the pool at a time
 
-    monkeypatch.setattr(GaussianNoise, "__call__", no_floats)
-    main(command(tmp_path, "--sound", "--max", "3"))
-    grid = c.GridNoise(0.25, 16, torch.device("cpu"))
-    assert rows(tmp_path / NAME) == by_hand(network(checkpoint), INDICES[:3], noise=grid)
+
+@pytest.mark.parametrize(("place", "words"), [
+    ("none.py:f", "there is no none.py"), ("halves", "there is no halves"),
+    ("{}:whole", "has no function 'whole'")])
+def test_a_procedure_that_is_none_is_refused(command, tmp_path, capsys, place, words):
+    (tmp_path / "halves.py").write_text(HALVES)
+    place = place.format(tmp_path / "halves.py")
+    refused(command(tmp_path / "run", "--procedure", place), capsys, words, "--procedure")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("broken", "error", "words"), [
+    ("return 0 * nearest(images) / 0", SystemExit, "1"), ("1 / 0", ZeroDivisionError, "zero"),
+    ("raise RuntimeError('no memory left')", RuntimeError, "no memory left")])
+def test_a_classifier_that_breaks_later_loses_no_row(mine, tmp_path, capsys, broken, error, words):
+    """Three passes for the check, four an image: the third image, 110, gets the broken one."""
+    file = mine(f"""
+def breaking(images):
+    global calls
+    calls += 1
+    if calls > 3 + 2 * 4 + 2:
+        {broken}
+    return nearest(images)
+""")
+    with pytest.raises(error, match=words) as stop:
+        main([*SMALL, "--classifier", f"{file}:breaking", "--out", str(tmp_path / "run")])
+    if error is SystemExit:
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 1 and line.startswith("certify.py: error: image 110: ")
+        assert "NaN" in line and "fp32" in line
+    else:
+        assert f"in {file}:breaking" in stop.value.__notes__[0]
+    assert (tmp_path / "run" / f"{NAME}.part0-1-0-1").read_text().count("\n") == 2
+
+
+# -- Programs of extras/ ---------------------------------------------------------------------------
 
 
 def picture(path, pixels):
@@ -469,207 +874,109 @@ def picture(path, pixels):
     return path
 
 
-@pytest.mark.parametrize("flag", ["--sound", "--sequential"])
-def test_no_mode_is_silently_dropped_for_pictures(command, tmp_path, monkeypatch, flag):
-    """--images with --sound or --sequential: done in that mode, or refused."""
-    used = []
-    for kind in (c.GridNoise, c.Sequential):
-        original = kind.__init__
-        monkeypatch.setattr(kind, "__init__", lambda self, *a, _of=original: used.append(type(self)) or _of(self, *a))
-    try:
-        main(command(tmp_path, "--images", picture(tmp_path / "a.png", np.full((8, 8), 255)), flag))
-    except SystemExit as error:
-        assert error.code == 2
-    else:
-        assert used
+@pytest.fixture
+def pictures(command, tmp_path, capsys):
+    """pictures(files, *flags) -> the lines of extras/pictures.py, which writes no file."""
+
+    def run(paths, *more):
+        argv = [*map(str, paths), *command(tmp_path / "run", *more)]
+        before = {*tmp_path.iterdir()}
+        capsys.readouterr()
+        extras.pictures.main(argv)
+        assert {*tmp_path.iterdir()} == before
+        return capsys.readouterr().out.splitlines()[1:]        # less the classes
+
+    return run
 
 
-def test_sound_refuses_a_picture_off_the_grid_or_uses_the_pictures_own(command, tmp_path, monkeypatch):
-    """100/255 is not on the grid of sixteenths that the digits have: rounding it would certify another picture."""
-    copies = []
-    constant = lambda x: copies.append(x.clone()) or torch.eye(10)[[0] * len(x)]
-    monkeypatch.setattr(c, "open_classifier", lambda *_: constant)
-    try:
-        main(command(tmp_path, "--images", picture(tmp_path / "a.png", np.full((8, 8), 100)), "--sound"))
-    except SystemExit as error:
-        assert error.code == 2 and not copies
-    else:
-        on_grid = torch.cat(copies) * 255
-        assert ((on_grid - on_grid.round()).abs() < 1e-3).all()
-
-
-def test_pictures_are_certified_as_the_interface_does(command, checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize(("bound", "more", "how"), [
+    ("one-sided", ["--n", "1200"], {}), ("two-sided", ["--n", "1200"], {}),
+    ("one-sided", ["--n", "1200", "--procedure", SEQUENTIAL],
+     dict(procedure=sequential, radii=(0.0, 0.25)))])
+def test_pictures_are_certified_as_the_interface_does(
+        pictures, checkpoint, tmp_path, bound, more, how):
     pixels = [(load_digits().images[TEST + i] * 255 / 16).round() for i in (0, 50, 100)]
     paths = [picture(tmp_path / f"{i}.png", image) for i, image in enumerate(pixels)]
-    main(command(tmp_path / "run", "--images", *paths))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and not (tmp_path / "run").exists()
-    for line, path, image in zip(lines, paths, pixels, strict=True):
-        assert str(path) in line
+    lines = pictures(paths, "--bound", bound, *more)
+    for i, (line, path, image) in enumerate(zip(lines, paths, pixels, strict=True)):
         x = torch.tensor(image / 255, dtype=torch.float32)[None]
-        answers = [certify(network(checkpoint), x, 0.25, 50, 300, 0.05, index=i) for i in range(3)]    # whatever its stream
-        assert any(("abstain" in line) if guess == -1 else (f": {guess}" in line and f"{radius:.6f}" in line)
-                   for guess, radius in answers)
+        vit = network(checkpoint)
+        guess, radius = certify(vit, x, 0.25, 50, 1200, 0.05, index=i, bound=bound, **how)
+        vote = c.predict(vit, x, 0.25, 1200, 0.05, index=i)
+        answer = "abstains" if guess == -1 else f"{guess}, certified within an l2 radius of"
+        assert line.startswith(f"{path}: {answer}") and (guess == -1 or f"{radius:.6f}" in line)
+        assert line.endswith(f"(without a radius: {'abstains' if vote == -1 else vote})")
 
 
-def test_two_pictures_do_not_share_their_noise(command, tmp_path, monkeypatch):
+def test_two_pictures_do_not_share_their_noise(pictures, tmp_path, monkeypatch):
     """Certificates fail independently only with fresh noise for each picture."""
     streams, original = [], c.generator_for
     monkeypatch.setattr(c, "generator_for", lambda *a: streams.append(a[:3]) or original(*a))
-    main(command(tmp_path, "--images", *(picture(tmp_path / f"{i}.png", np.full((8, 8), 50 * i)) for i in (1, 2))))
-    assert len(streams) == len({*streams}) == 6
+    pictures(picture(tmp_path / f"{i}.png", np.full((8, 8), 50 * i)) for i in (1, 2))
+    assert {*streams} == {(0, 0, 3), *itertools.product([0], [0, 1], [0, 1, 2])}
+    assert len(streams) == 7
 
 
-def test_a_picture_of_another_size_is_resized_aloud(command, tmp_path, capsys):
+def test_a_picture_of_another_size_is_fitted_aloud(pictures, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3))
-    main(command(tmp_path, "--images", picture(tmp_path / "big.png", pixels)))
-    out = capsys.readouterr().out
-    assert "resized" in out and "8 x 8" in out and len(out.splitlines()) == 2
+    first, second = pictures([picture(tmp_path / "big.png", pixels)])
+    assert "fitted to 8 x 8" in first and "big.png: " in second
 
 
-def test_any_classifier_certifies(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(NEAREST_MEAN)
-    argv = [*SMALL, "--dataset", "digits", "--out", str(tmp_path / "run"), "--classifier", f"{tmp_path}/mine.py:"]
-    main([*argv[:-1], argv[-1] + "nearest"])
-    space = {}
-    exec(NEAREST_MEAN, space)
-    done = rows(tmp_path / "run" / NAME)
-    assert done == by_hand(space["nearest"], INDICES) and sum(row["correct"] == "1" for row in done) >= 4
-    before = files(tmp_path / "run")
-    refused([*argv[:-1], argv[-1] + "constant"], capsys)              # another function of the same file: another classifier
-    assert files(tmp_path / "run") == before
-
-
-@pytest.mark.parametrize("name", ["net", "through", "wrapped"])
-def test_a_classifiers_networks_are_put_into_eval_mode_aloud(tmp_path, capsys, name):
-    """Dropout in training mode would make another f in every pass."""
-    (tmp_path / "mine.py").write_text("""
-import torch
-from torch import nn
-torch.manual_seed(0)
-net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
-def through(images):
-    return net(images)
-class Wrapper:
-    def __init__(self):
-        self.network = net
-    def __call__(self, images):
-        return {"logits": self.network(images)}
-wrapped = Wrapper()
-""")
-    main([*SMALL, "--classifier", f"{tmp_path}/mine.py:{name}", "--out", str(tmp_path / "run"), "--max", "3"])
-    assert "mine.py: a Sequential is put into eval mode" in capsys.readouterr().out
-    space = {}
-    exec((tmp_path / "mine.py").read_text(), space)
-    assert rows(tmp_path / "run" / NAME) == by_hand(space["net"].eval(), INDICES[:3])
-
-
-@pytest.mark.parametrize(("broken", "words", "traceback"), [
-    ("return nearest(images) * float('nan')", ("NaN", "fp32"), False), ("return 1 / 0", ("ZeroDivisionError",), True),
-    ("raise RuntimeError('no memory left')", ("no memory left",), True)])
-def test_a_classifier_that_breaks_later_loses_no_row(tmp_path, capsys, broken, words, traceback):
-    """Four passes an image; the third image, 110, gets the broken one. Its author needs to see where it broke."""
-    (tmp_path / "mine.py").write_text(NEAREST_MEAN + f"""
-def breaking(images):
-    global calls
-    calls += 1
-    if calls > 10:
-        {broken}
-    return nearest(images)
-""")
-    with pytest.raises(SystemExit) as status:
-        main([*SMALL, "--classifier", f"{tmp_path}/mine.py:breaking", "--out", str(tmp_path / "run")])
-    err = capsys.readouterr().err
-    assert status.value.code == 1 and ("Traceback" in err and "in breaking" in err) == traceback
-    line = err.splitlines()[-1]
-    assert line.startswith("certify.py: error: ") and all(word in line for word in ("image 110", *words))
-    assert (tmp_path / "run" / f"{NAME}.part0").read_text().count("\n") == 2
-
-
-def test_two_checkpoints_average_their_logits(command, checkpoint, tmp_path):
-    other = perturbed(checkpoint, tmp_path / "other.pt")
-    main(command(tmp_path / "both", "--max", "3", "--checkpoint", checkpoint, other))
-    one, two = network(checkpoint), network(other)
-    expected = by_hand(lambda x: (one(x) + two(x)) / 2, INDICES[:3])
-    assert rows(tmp_path / "both" / NAME) == expected
-    assert expected not in (by_hand(one, INDICES[:3]), by_hand(two, INDICES[:3]))
-    hashes = json.loads((tmp_path / "both" / "certify_sigma_0.25.json").read_text())["sha256"]
-    assert hashes == [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (checkpoint, other)]
-
-
-def test_any_sigma_certifies_at_another(command, tmp_path, capsys):
-    refused(command(tmp_path / "run", "--sigma", "0.5"), capsys, "0.25", "0.5", "--any-sigma")
-    assert not (tmp_path / "run").exists()
-    main(command(tmp_path / "run", "--sigma", "0.5", "--any-sigma"))
-    assert {row["sigma"] for row in rows(tmp_path / "run" / "certify_sigma_0.5.tsv")} == {"0.5"}
-
-
-# -- Reports -----------------------------------------------------------------------------------------------------------------
-
-
-def test_report_of_several_sigmas_as_csv_and_plot(reference, tmp_path, capsys):
-    cohen = tmp_path / "sigma_1.00"
-    cohen.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
-                     "0\t3\t3\t3.5\t1\t0:00:12.345678\n20\t1\t-1\t0.0\t0\t0:00:01.0\n")
-    before = files(reference)
-    main(["--report", str(cohen), str(reference / NAME), "--format", "csv", "--radii", "0", "2.5",
-          "--plot", str(tmp_path / "p.png"), "--published", "cifar10"])
-    header, ours, theirs, best, *_ = csv.reader(capsys.readouterr().out.splitlines())
-    assert header[2:4] == ["r=0", "r=2.5"] and (ours[0], ours[1]) == ("0.25", "7") and ours[3] == "0.0"
-    assert theirs[:4] == ["1", "2", "50.0", "50.0"] and theirs[-1] == "6.67" and best[0] == "best" and best[3] == "50.0"
-    assert float(best[2]) == max(float(ours[2]), 50)
-    assert files(reference) == before and (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_report_of_several_classifiers_at_one_sigma_names_them(reference, command, tmp_path, capsys):
-    main(command(tmp_path / "seed_1", "--seed", "1"))
-    logs = [str(reference / NAME), str(tmp_path / "seed_1" / NAME)]
-    for labels in ([reference.name, "seed_1"], ["ours", "again"]):
-        capsys.readouterr()
-        main(["--report", *logs, "--format", "csv", *(["--label", *labels] if labels[0] == "ours" else [])])
-        lines = [line.split(",") for line in capsys.readouterr().out.splitlines()[1:]]
-        assert [line[0] for line in lines] == 2 * [f"0.25 {label}" for label in labels]
-        assert [line[1] for line in lines] == ["7", "7", "proven*", "proven*"]
-    refused(["--report", *logs, "--label", "one"], capsys, "--label needs a name for each of the 2 folders", reference, tmp_path / "seed_1")
-
-
-@pytest.mark.parametrize("content", [None, "", "hello\n", "a\tb\n1\t2\n", "\x00\xff\n", "idx\tlabel\tpredict\tradius\n1\n"])
-def test_report_of_what_is_no_log_is_refused(tmp_path, capsys, content):
+@pytest.mark.parametrize("content", [None, b"", b"no picture"])
+def test_a_picture_that_is_none_is_one_line(command, tmp_path, content):
     if content is not None:
-        (tmp_path / "x.tsv").write_bytes(content.encode("latin1"))
-    refused(["--report", tmp_path / "x.tsv"], capsys, "x.tsv")
+        (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(OSError, match="cannot read the image .*a.png"):
+        extras.pictures.main([str(tmp_path / "a.png"), *command(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
-def test_report_of_no_rows_is_refused(tmp_path, capsys):
-    (tmp_path / "x.tsv").write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n")
-    refused(["--report", tmp_path / "x.tsv"], capsys)
+def test_integer_noise_certifies_test_images(command, checkpoint, tmp_path, capsys):
+    """Its flags are certify.py's; each image has the stream of its index."""
+    extras.integer_noise.main(["0", "55", "110", *command(tmp_path / "run", "--seed", "1")])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    args = c.argparse.Namespace(sigma=0.25, n0=50, n=300, alpha=0.05, seed=1, bound="one-sided")
+    noise = extras.integer_noise.GridNoise(0.25, 16, torch.device("cpu"))
+    for i, line in zip((0, 55, 110), lines, strict=True):
+        guess, radius = extras.integer_noise.certify_on_grid(
+            network(checkpoint), digit(i), noise, i, args)
+        answer = "abstains" if guess == -1 else str(guess)
+        assert line == f"image {i}: {answer}, radius {radius:.6f}"
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "status"), [("curve.unknown", 2), ("missing/curve.png", 2)])
-def test_a_plot_that_cannot_be_written_is_one_line(reference, tmp_path, capsys, name, status):
-    refused(["--report", reference / NAME, "--plot", tmp_path / name], capsys, status=status)
-    assert not list(tmp_path.iterdir())
+def test_integer_noise_has_no_other_procedure(command, tmp_path):
+    """A flag is used or refused, never dropped."""
+    with pytest.raises(ValueError, match="--procedure"):
+        extras.integer_noise.main(["0", *command(tmp_path / "run", "--procedure", SEQUENTIAL)])
 
 
-# -- Bad input ---------------------------------------------------------------------------------------------------------------
+# -- Bad input -------------------------------------------------------------------------------------
 
 BAD = {
-    "sigma zero": ["--sigma", "0"], "sigma negative": ["--sigma", "-0.25"], "sigma nan": ["--sigma", "nan"],
-    "sigma infinite": ["--sigma", "inf"], "sigma a word": ["--sigma", "much"], "sigma alone": ["--sigma"],
-    "alpha 0": ["--alpha", "0"], "alpha 1": ["--alpha", "1"], "alpha nan": ["--alpha", "nan"], "alpha < 0": ["--alpha", "-1"],
-    "n 0": ["--n", "0"], "n negative": ["--n", "-5"], "n fraction": ["--n", "1e5"], "n0 0": ["--n0", "0"],
-    "only abstention": ["--n", "4"], "another sigma": ["--sigma", "0.5"], "unknown recipe": ["--recipe", "digit"],
-    "contradicting dataset": ["--dataset", "cifar10"], "contradicting size": ["--image-size", "16"],
-    "unknown data set": ["--dataset", "mnist"], "shard word": ["--shard", "half"], "shard 2/2": ["--shard", "2/2"],
-    "shard 0/0": ["--shard", "0/0"], "shard negative": ["--shard", "-1/2"], "empty shard": ["--shard", "8/9"],
-    "batch 0": ["--batch", "0"], "batch 30": ["--batch", "30"], "batch 150": ["--batch", "150"],
-    "skip 0": ["--skip", "0"], "max 0": ["--max", "0"], "seed negative": ["--seed", "-1"], "unknown flag": ["--fast"],
-    "radius negative": ["--radii", "-1"],
-    "radius nan": ["--radii", "nan"], "tolerance": ["--boundary-tolerance", "-1"], "device": ["--device", "tpu"],
-    "checkpoint without value": ["--checkpoint"], "no classifier file": ["--classifier", "none.py:f"],
-    "seed beyond 32 bits": ["--seed", str(2**32)], "both bounds": ["--bound", "both"], "no bound": ["--bound", "three-sided"],
-    "plot of a run": ["--plot", "x.png"], "label of a run": ["--label", "DMAE"], "format of a run": ["--format", "csv"],
-    "published results of a run": ["--published", "cifar10"], "gone": ["--resume", "never"],
+    "sigma zero": ["--sigma", "0"], "sigma negative": ["--sigma", "-0.25"],
+    "sigma nan": ["--sigma", "nan"], "sigma infinite": ["--sigma", "inf"],
+    "sigma a word": ["--sigma", "much"], "sigma too large a number": ["--sigma", "1e400"],
+    "sigma alone": ["--sigma"],
+    "alpha 0": ["--alpha", "0"], "alpha 1": ["--alpha", "1"], "alpha 5": ["--alpha", "5"],
+    "alpha nan": ["--alpha", "nan"], "alpha negative": ["--alpha", "-1"],
+    "n 0": ["--n", "0"], "n negative": ["--n", "-5"], "n fraction": ["--n", "1e5"],
+    "n0 0": ["--n0", "0"], "skip 0": ["--skip", "0"], "max negative": ["--max", "-1"],
+    "seed negative": ["--seed", "-1"], "seed beyond 32 bits": ["--seed", str(2**32)],
+    "batch 30": ["--batch", "30"], "batch 150": ["--batch", "150"], "batch < 0": ["--batch", "-1"],
+    "radius negative": ["--radii", "-1"], "radius nan": ["--radii", "nan"], "radii": ["--radii"],
+    "unknown recipe": ["--recipe", "digit"], "unknown data set": ["--dataset", "svhn"],
+    "contradicting dataset": ["--dataset", "cifar10"], "contradicting size": ["--size", "16"],
+    "shard word": ["--shard", "half"], "shard 2/2": ["--shard", "2/2"],
+    "shard 0/0": ["--shard", "0/0"], "shard negative": ["--shard", "-1/2"],
+    "device": ["--device", "tpu"], "dtype": ["--dtype", "fp8"],
+    "no bound": ["--bound", "three-sided"], "both bounds": ["--bound", "both"],
+    "checkpoint without value": ["--checkpoint"], "no such checkpoint": ["--checkpoint", "no.pt"],
+    "classifier, too": ["--classifier", "mine.py:f"], "unknown flag": ["--fast"],
+    "abbreviation": ["--alph", "0.1"],
+    "plot of a run": ["--plot", "x.png"], "label of a run": ["--label", "DMAE"],
+    "report of a run": ["--report", "x.tsv"],
 }
 
 
@@ -679,28 +986,15 @@ def test_bad_values_are_one_line_with_status_2_and_write_nothing(command, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("sigma", ["0", "-1", "nan", "inf", "much", "1e400"])
-def test_bad_sigma_without_a_checkpoint_is_about_sigma(tmp_path, capsys, sigma):
-    refused(["--out", tmp_path / "run", "--sigma", sigma], capsys, "sigma")
-    assert not (tmp_path / "run").exists()
-
-
 def test_sigma_is_needed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused([], capsys, "--sigma")
+    refused(["--sigma", "0"], capsys, "--sigma cannot be 0")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_least_n_that_is_named_suffices_and_one_less_does_not(command, tmp_path, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main(command(tmp_path / "run", "--n", "2", "--alpha", "0.001"))
-    least = int(re.search(r"--n (\d+)", capsys.readouterr().err)[1])
-    assert 0.001 ** (1 / least) > 0.5 >= 0.001 ** (1 / (least - 1))
-    main(command(tmp_path / "run", "--n", least, "--alpha", "0.001", "--max", "1"))
-
-
-def test_damaged_and_foreign_checkpoints_are_refused(command, checkpoint, tiny_run, tmp_path, capsys):
+def test_damaged_and_foreign_checkpoints_are_refused(
+        command, checkpoint, tiny_run, tmp_path, capsys):
     def wrong(path, *words):
         refused(command(tmp_path / "run", "--checkpoint", path), capsys, path, *words)
         assert not (tmp_path / "run").exists()
@@ -713,54 +1007,37 @@ def test_damaged_and_foreign_checkpoints_are_refused(command, checkpoint, tiny_r
     wrong(tmp_path)
     wrong(tiny_run / "pretrain.pt", "finetune")
     whole = torch.load(checkpoint)
-    for name, other in (("list.pt", [1, 2]), ("bare.pt", whole["model"]), ("nothing.pt", {"model": {}})):
-        torch.save(other, tmp_path / name)
-        wrong(tmp_path / name)
-    for name in ("nan.pt", "left.pt", "missing_key.pt", "shape.pt"):
-        model = dict(whole["model"])
-        if name == "nan.pt":
-            model["head.bias"] = model["head.bias"] * float("nan")
-        if name == "left.pt":
-            model["extra"] = torch.zeros(1)
-        if name == "missing_key.pt":
-            del model["head.bias"]
-        if name == "shape.pt":
-            model["head.bias"] = torch.zeros(11)
-        torch.save(whole | {"model": model}, tmp_path / name)
-        wrong(tmp_path / name)
+    model = whole["model"]
+    others = {
+        "list": [1, 2], "bare": model, "nothing": {"model": {}},
+        "nan": whole | {"model": model | {"head.bias": model["head.bias"] * float("nan")}},
+        "left": whole | {"model": model | {"extra": torch.zeros(1)}},
+        "key": whole | {"model": {k: v for k, v in model.items() if k != "head.bias"}},
+        "shape": whole | {"model": model | {"head.bias": torch.zeros(11)}},
+        "no_data": whole | {"data": {}}, "no_config": whole | {"config": {}}}
+    for name, other in others.items():
+        torch.save(other, tmp_path / f"{name}.pt")
+        wrong(tmp_path / f"{name}.pt")
 
 
 @pytest.mark.parametrize("key", ["config", "data", "settings", "sigma"])
-def test_a_checkpoint_that_says_it_is_ours_and_lacks_a_part_is_refused(command, checkpoint, tmp_path, capsys, key):
+def test_a_checkpoint_that_lacks_a_part_is_refused(command, checkpoint, tmp_path, capsys, key):
     torch.save({k: v for k, v in torch.load(checkpoint).items() if k != key}, tmp_path / "other.pt")
-    refused(command(tmp_path / "run", "--checkpoint", tmp_path / "other.pt"), capsys, "other.pt")
+    argv = command(tmp_path / "run", "--checkpoint", tmp_path / "other.pt")
+    if key == "sigma":                                         # which need not be the run's
+        main(argv)
+        assert "fine-tuned for sigma None" in capsys.readouterr().out
+        return
+    refused(argv, capsys, "other.pt")
     assert not (tmp_path / "run").exists()
 
 
-def test_two_checkpoints_must_agree(command, checkpoint, tmp_path, capsys):
-    whole = torch.load(checkpoint)
-    for name, other in (("sigma", {"sigma": 0.5}), ("classes", {"data": whole["data"] | {"classes": list("abcdefghij")}}),
-                        ("dataset", {"data": whole["data"] | {"dataset": "cifar10", "image_size": 32, "channels": 3}})):
-        perturbed(checkpoint, tmp_path / f"{name}.pt", **other)
-        refused(command(tmp_path / "run", "--checkpoint", checkpoint, tmp_path / f"{name}.pt"), capsys, tmp_path / f"{name}.pt")
-
-
-@pytest.mark.parametrize("name", ["", ":", ":not_callable", ":missing"])
-def test_a_classifier_that_is_none_is_refused(tmp_path, capsys, name):
-    (tmp_path / "mine.py").write_text(NEAREST_MEAN)
-    refused(["--sigma", "0.25", "--classifier", f"{tmp_path}/mine.py{name}", "--out", tmp_path / "run"], capsys, "mine.py")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_classifier_and_a_checkpoint_contradict(command, tmp_path, capsys):
-    (tmp_path / "mine.py").write_text(NEAREST_MEAN)
-    refused(command(tmp_path / "run", "--classifier", tmp_path / "mine.py:nearest"), capsys, "--checkpoint", "--classifier")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no picture"])
-def test_a_picture_that_is_none_is_one_line(command, tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "a.png").write_bytes(content)
-    refused(command(tmp_path / "run", "--images", tmp_path / "a.png"), capsys, "a.png")
+def test_a_data_set_with_other_classes_than_the_checkpoint_is_refused(
+        command, checkpoint, tmp_path, capsys):
+    data = torch.load(checkpoint)["data"]
+    for name, classes, words in (
+            ("other", [*"abc", *"3456789"], "has other classes than the checkpoint: 0, 1, 2"),
+            ("order", [*"1023456789"], "their order")):
+        file = perturbed(checkpoint, tmp_path / f"{name}.pt", data=data | {"classes": classes})
+        refused(command(tmp_path / "run", "--checkpoint", file), capsys, words)
     assert not (tmp_path / "run").exists()

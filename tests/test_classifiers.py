@@ -1,21 +1,24 @@
-"""What a classifier may return, and what certify() may be given: taken, or refused in one line."""
+"""What f may be, and what certify() may be given: taken, or refused in one line."""
 
 import csv
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from test_certify import ROOT, noisy_copies
 
-import certify as c
 import finetune
-import pretrain
 from certify import (
-    FixedN,
-    GaussianNoise,
+    ABSTAIN,
     certify,
     certify_all,
-    count_classes,
+    check_function,
     count_under_noise,
     generator_for,
     main,
@@ -24,64 +27,104 @@ from certify import (
 from model import build_vit
 
 CPU = torch.device("cpu")
+NAME = "certify_sigma_0.25"
 MINE = """
-import torch
+import functools
+from dataclasses import dataclass
 
-torch.manual_seed(2)
-net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 10))
+import torch
+from torch.nn import functional as F
+
+def make(*layers):
+    torch.manual_seed(2)
+    layers = layers or (torch.nn.Dropout(0.5),)
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(64, 10))
+
+# One network in many dresses: all give the same logits.
+net = make()
+evaluated = make().eval()
+plain = lambda x: evaluated(x)
+pair = lambda x: (plain(x), "attention")
+listed = lambda x: [plain(x)]
+partial = functools.partial(plain)
+by_name = __import__("types").SimpleNamespace
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+thing = lambda x: Output(plain(x))
 
 class Holder:
     def __init__(self):
-        torch.manual_seed(2)
-        self.inner = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 10))
+        self.inner = make()
+    def eval(self):
+        self.inner.eval()
     def __call__(self, x):
         return self.inner(x)
 
-class Output:
-    def __init__(self, logits):
-        self.logits = logits
+class OddEval:
+    def eval(self, expression):
+        raise KeyError(expression)
+    def __call__(self, x):
+        return plain(x)
 
-holder = Holder()
-nets = [Holder().inner]
-def closed():
-    inner = Holder()
-    return lambda x: inner(x)
-closure = closed()
-in_a_list = lambda x: nets[0](x)
-method = Holder().__call__
-partial = __import__("functools").partial(Holder().inner)
-plain = lambda x: net(x)
-masked = lambda x: net(x).index_fill(1, torch.tensor([3]), -float("inf"))
-pair = lambda x: (net(x), "attention")
-listed = lambda x: [net(x)]
-mapping = lambda x: {"loss": None, "logits": net(x)}
-thing = lambda x: Output(net(x))
-spatial = lambda x: net(x)[:, :, None, None]
-vector = lambda x: net(x)[:, 0]
-classes = lambda x: net(x).argmax(1)
-half = lambda x: net(x)[:7]
-words = lambda x: {"scores": net(x)}
-nothing = lambda x: None
-image = lambda x: x
+holder, odd_eval = Holder(), OddEval()
+
+@functools.cache
+def opened():
+    return make().eval()
+cached = lambda x: opened()(x)
+
+def by_a_gradient(x):
+    # The logits are the gradient of sum(s . logits) with respect to s: a purifier's kind of work.
+    with torch.enable_grad():
+        s = torch.ones(len(x), 10, requires_grad=True)
+        moved = x.requires_grad_()
+        assert torch.autograd.grad(plain(moved).sum(), moved)[0].abs().sum() > 0
+        return torch.autograd.grad((s * plain(x.detach())).sum(), s)[0]
+
+# Other functions.
+masked = lambda x: plain(x).index_fill(1, torch.tensor([8]), -float("inf"))
 constant = lambda x: torch.zeros(len(x), 10)
-all_nan = lambda x: net(x) * float("nan")
-all_masked = lambda x: net(x) * 0 - float("inf")
+
+# No functions of one image.
+def closed(network):
+    return lambda x: network(x)
+in_a_closure = closed(make())
+in_a_list = lambda x, networks=[make()]: networks[0](x)
+batch_norm = make(torch.nn.BatchNorm1d(64, track_running_stats=False))
+batch_norm_in_a_closure = closed(make(torch.nn.BatchNorm1d(64)))
+batch_statistics = lambda x: plain(x - x.mean(0))
+always_dropout = lambda x: plain(F.dropout(x, 0.1, training=True))
+neighbours = lambda x: plain(x) + 0.05 * plain(x.flip(0))
+calls = []
+def another_at_the_second_call(x):
+    calls.append(1)
+    return plain(x) if len(calls) == 1 else plain(x).flip(1)
+
+# No logits.
+vector = lambda x: plain(x)[:, 0]
+classes = lambda x: plain(x).argmax(1)
+half = lambda x: plain(x)[:7]
+mapping = lambda x: {"logits": plain(x)}
+nothing = lambda x: None
+array = lambda x: plain(x).detach().numpy()
+empty = lambda x: ()
+image = lambda x: x
+spatial = lambda x: plain(x)[:, :, None, None]
+score = lambda x: plain(x)[:, :1]
+seven = lambda x: plain(x)[:, :7]
+
+# Logits that are none.
+all_nan = lambda x: plain(x) * float("nan")
+all_masked = lambda x: plain(x) * 0 - float("inf")
 def one_infinite(x):
-    logits = net(x).clone()
+    logits = plain(x).clone()
     logits[5, 2] = float("inf")
     return logits
-def broken(x):
-    raise KeyError("no such layer")
-made = []
-def late(x):
-    if not made:
-        made.append(Holder().inner)
-    return made[0](x)
-def late_in_eval_mode(x):
-    if not made:
-        made.append(Holder().inner.eval())
-    return made[0](x)
-score = lambda x: net(x)[:, :1]
+
+not_callable = 3
 """
 
 
@@ -92,119 +135,338 @@ def file(tmp_path_factory):
     return path
 
 
+def flags(place, out, *more):
+    return ["--sigma", "0.25", "--classifier", str(place), "--device", "cpu", "--skip", "120",
+            "--n", "300", "--n0", "50", "--alpha", "0.05", "--out", str(out), *map(str, more)]
+
+
+def rows(out):
+    """Of a finished run, without the time."""
+    with (out / f"{NAME}.tsv").open() as file:
+        found = [*csv.DictReader(file, delimiter="\t")]
+    return [{key: value for key, value in row.items() if key != "time"} for row in found]
+
+
 @pytest.fixture
 def run(file, tmp_path):
-    """run(name, *flags) -> rows of a small run with that classifier."""
-    def call(name, *flags):
-        main(["--sigma", "0.25", "--classifier", f"{file}:{name}", "--dataset", "digits", "--device", "cpu", "--skip", "120",
-              "--n", "300", "--n0", "50", "--alpha", "0.05", "--radii", "0", "--out", str(tmp_path / name), *flags])
-        return [{k: v for k, v in row.items() if k != "time"} for row in
-                csv.DictReader((tmp_path / name / "certify_sigma_0.25.tsv").open(), delimiter="\t")]
+    """run(name) -> rows of a small run with that function of MINE."""
+
+    def call(name, *more):
+        main(flags(f"{file}:{name}", tmp_path / name, *more))
+        return rows(tmp_path / name)
+
     return call
 
 
-def space():
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """refused(arguments) -> the one line of a run that ends with that status and leaves no row."""
+
+    def call(arguments, status=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == status and error.count("\n") == 1, error
+        assert error.startswith("certify.py: error: ")
+        assert "".join(part.read_text() for part in tmp_path.rglob("*.tsv*")) == ""
+        return error
+
+    return call
+
+
+def alone(*arguments, **more):
+    """certify.py as a command of its own: the finished process, its output as text."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | more
+    return subprocess.run([sys.executable, ROOT / "certify.py", *map(str, arguments)],
+                          capture_output=True, text=True, env=environment)
+
+
+# -- A function of one noisy image -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["net", "holder", "odd_eval", "cached", "by_a_gradient"])
+def test_a_function_is_certified_as_the_interface_does(run, name):
+    """A module, and whatever has an eval() that works, is put into eval mode."""
     names = {}
     exec(MINE, names)
-    return names
-
-
-@pytest.mark.parametrize("name", ["net", "holder", "plain", "closure", "in_a_list", "method", "partial"])
-def test_networks_are_put_into_eval_mode_and_it_is_said(run, name, capsys):
-    """With dropout on, f would not be one function. The network may be the callable, in its file, or in an object."""
-    rows = run(name)
-    assert "Sequential is put into eval mode" in capsys.readouterr().out
-    net = space()["net"].eval()
     digits = load_digits()
-    for row in rows:
+    for row in run(name):
         i = int(row["idx"])
         x = torch.tensor(digits.images[1437 + i] / 16, dtype=torch.float32)[None]
-        prediction, radius = certify(net, x, 0.25, 50, 300, 0.05, index=i, batch=400)
+        how = dict(n0=50, n=300, alpha=0.05, index=i, batch=400)
+        prediction, radius = certify(names["plain"], x, 0.25, **how)
         assert (row["predict"], row["radius"]) == (str(prediction), f"{radius:.6f}")
 
 
-def test_a_network_made_at_the_first_call_is_in_eval_mode_or_refused(run, capsys, tmp_path):
-    assert run("late_in_eval_mode") == run("plain")
-    with pytest.raises(SystemExit) as stop:
-        run("late")
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1
-    assert "late made a " in error and "in training mode, at its first call" in error
-    assert "".join(part.read_text() for part in (tmp_path / "late").glob("*.tsv*")) == ""
-
-
-@pytest.mark.parametrize("name", ["pair", "listed", "mapping", "thing", "spatial"])
-def test_outputs_that_hold_logits_are_taken(run, name):
+@pytest.mark.parametrize("name", ["pair", "listed", "thing", "partial"])
+def test_logits_are_found_in_what_networks_return(run, name):
     assert run(name) == run("plain")
 
 
-@pytest.mark.parametrize("name, words", [
-    ("vector", ("(400, classes)", "Tensor of shape (400,)")), ("classes", ("(400, classes)", "(400,)")),
-    ("half", ("(400, classes)", "(7, 10)")), ("words", ("(400, classes)", "dict")), ("nothing", ("NoneType",)),
-    ("image", ("(400, 1, 8, 8)",)), ("score", ("a single logit", "torch.cat([-s, s], dim=1)"))])
-def test_other_outputs_are_refused_by_the_shape_found_and_the_shape_wanted(run, capsys, tmp_path, name, words):
-    with pytest.raises(SystemExit) as stop:
-        run(name)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
+@pytest.mark.parametrize("name", [
+    "in_a_closure", "in_a_list", "batch_norm", "batch_norm_in_a_closure", "batch_statistics",
+    "always_dropout", "neighbours", "another_at_the_second_call"])
+def test_what_depends_on_the_rest_of_the_batch_or_on_chance_is_refused(
+        file, tmp_path, refused, name):
+    error = refused(flags(f"{file}:{name}", tmp_path / "run"))
+    assert "no function of one image" in error and "eval mode" in error
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_masked_class_is_fine_and_never_answered(run):
-    rows = run("masked")
-    assert len(rows) == 3 and "3" not in {row["top"] for row in rows}
+def checked(f, batch, dtype="fp32"):
+    x = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(4))
+    return check_function(f, x, 0.25, batch, generator_for(0, 0, 3, CPU), dtype)
 
 
-@pytest.mark.parametrize("name, count", [("all_nan", "50 of 50"), ("all_masked", "50 of 50"), ("one_infinite", "1 of 50")])
-def test_no_certificate_rests_on_logits_that_are_none(run, capsys, tmp_path, name, count):
-    with pytest.raises(SystemExit) as stop:
-        run(name)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1
-    assert f"image 0: {count}" in error and "fp32" in error
-    written = "".join(part.read_text() for part in (tmp_path / name).glob("*.tsv*"))
-    assert written == ""
+@pytest.mark.parametrize("batch", [1, 2, 25, 400])
+def test_a_function_of_one_image_passes_in_any_batch(tiny_vit, batch):
+    vit = tiny_vit()
+    copies = torch.randn(batch, 1, 8, 8, generator=generator_for(0, 0, 3, CPU)) * 0.25
+    x = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert torch.equal(checked(vit, batch), vit(x + copies))             # its fingerprint
+    if batch > 1:
+        with pytest.raises(ValueError, match="no function of one image"):
+            checked(lambda z: vit(z - 0.5 * z.mean(0)), batch)
 
 
-def test_nan_is_found_in_the_image_where_it_is():
-    """The third of three pooled images has pixels at which f breaks; counts of the others are untouched by that."""
-    def f(x):
-        return torch.where(x.mean(dim=(1, 2, 3))[:, None] > 0.8, float("nan"), x.flatten(1)[:, :3])
+@pytest.mark.parametrize(("dtype", "most"), [("fp32", 0.002), ("bf16", 0.02)])
+def test_answers_may_differ_by_rounding_next_to_their_spread(tiny_vit, dtype, most):
+    vit, calls = tiny_vit(), []
 
-    images = [(i, torch.full((1, 2, 2), value)) for i, value in ((11, 0.0), (12, 0.1), (13, 1.0))]
-    with pytest.raises(c.RunError, match="image 13: 100 of 100"):
-        list(certify_all(f, images, GaussianNoise(0.01), 100, FixedN(200, 0.05), batch=400))
-    with pytest.raises(c.RunError, match="image 13: 100 of 100"):
-        certify(f, images[2][1], 0.01, n=200, alpha=0.05, index=13)
-    for batch in (50, 100, 400):                                       # copies that fill up the last batch do not matter
-        assert len(list(certify_all(f, images[:2], GaussianNoise(0.01), 100, FixedN(130, 0.05), batch=batch))) == 2
+    def shaky(share):
+        def f(z):
+            calls.append(1)
+            logits = vit(z)
+            if len(calls) % 3 != 2:
+                return logits
+            spread = logits[:50].max() - logits[:50].min()
+            return logits + share * spread * torch.eye(len(z), logits.shape[1])
+        return f
 
-
-def test_an_error_in_the_users_function_keeps_its_traceback_and_names_the_image(run, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run("broken")
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and "Traceback" in error and "KeyError: 'no such layer'" in error
-    last = error.splitlines()[-1]
-    assert last.startswith("certify.py: error: ") and "mine.py:broken failed: KeyError" in last and "image 0" in last
+    checked(shaky(0.9 * most), 100, dtype)
+    calls.clear()
+    with pytest.raises(ValueError, match="images of the batch became black"):
+        checked(shaky(1.1 * most), 100, dtype)
 
 
 def test_ties_go_to_the_first_class(run):
     assert {row["top"] for row in run("constant")} == {"0"}
-    tie = lambda x: torch.tensor([[0.0, 2.0, 2.0]]).expand(len(x), 3)
-    assert certify(tie, torch.zeros(1, 2, 2), 0.5, n=100)[0] == 1
-    assert count_classes(tie, [(torch.zeros(1, 2, 2), generator_for(0, 0, 1, CPU), 60)], GaussianNoise(0.5)).tolist() == [[0, 60, 0]]
+    tie, x = lambda x: torch.tensor([[0.0, 2.0, 2.0]]).expand(len(x), 3), torch.zeros(1, 2, 2)
+    assert certify(tie, x, 0.5, n=100)[0] == 1
+    counts = count_under_noise(tie, [(0, x, generator_for(0, 0, 1, CPU), 60)], 0.5)
+    assert counts.tolist() == [[0, 60, 0]]
 
 
-# -- What certify() and predict() are given ------------------------------------------------------------------------------
+# -- Logits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("vector", "Tensor (400,)"), ("classes", "Tensor (400,)"), ("half", "Tensor (7, 10)"),
+    ("mapping", "dict"), ("nothing", "NoneType"), ("array", "ndarray (400, 10)"),
+    ("empty", "tuple"), ("image", "Tensor (400, 1, 8, 8)"),
+    ("spatial", "Tensor (400, 10, 1, 1)"), ("score", "torch.cat([-s, s], dim=1)")])
+def test_what_is_no_logits_is_refused_with_what_it_is(file, tmp_path, refused, name, words):
+    error = refused(flags(f"{file}:{name}", tmp_path / "run"))
+    assert words in error and ("single logit" if name == "score" else "(400, classes)") in error
+    names = {}
+    exec(MINE, names)
+    for call in (certify, predict):
+        with pytest.raises(ValueError, match="single logit|shape .100, classes"):
+            call(names[name], torch.zeros(1, 8, 8), 0.25, n=100)
+
+
+def test_as_many_logits_as_classes_are_wanted_and_the_classes_printed(
+        file, tmp_path, refused, make_folder, capsys):
+    """A network of another data set certifies nothing here, whatever the labels are."""
+    error = refused(flags(f"{file}:seven", tmp_path / "run"))
+    assert "7 logits" in error and "10 classes" in error and "FILE.py:NAME" in error
+    folder = make_folder(8, classes=3, train=1, test=1)
+    for i in range(3):                                         # numbers are sorted as text
+        (folder / f"val/class_{i}").rename(folder / f"val/{9 + i}")
+    where = ["--dataset", "folder", "--data-path", folder, "--size", "8"]
+    (tmp_path / "mine.py").write_text("f = lambda x: x.flatten(1)[:, :100]\n")
+    error = refused(flags(f"{tmp_path}/mine.py:f", tmp_path / "run", *where))
+    assert "100 logits" in error and "3 classes" in error
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine.py").write_text("f = lambda x: x.flatten(1)[:, :3]\n")
+    capsys.readouterr()
+    main(flags(f"{tmp_path}/mine.py:f", tmp_path / "run", *where, "--skip", "1"))
+    assert "folder: classes 10, 11, 9\n" in capsys.readouterr().out
+    assert [row["label"] for row in rows(tmp_path / "run")] == ["0", "1", "2"]
+
+
+def test_a_masked_class_is_fine_and_never_answered(run):
+    assert "8" in {row["top"] for row in run("plain", "--skip", "30")}
+    found = run("masked", "--skip", "30")
+    assert len(found) == 12 and "8" not in {row["top"] for row in found}
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("all_nan", "50 of 50"), ("all_masked", "50 of 50"), ("one_infinite", "1 of 50")])
+def test_no_row_rests_on_logits_that_are_none(file, tmp_path, refused, name, words):
+    error = refused(flags(f"{file}:{name}", tmp_path / "run"), status=1)
+    assert f"image 0: {words}" in error and "NaN or infinite" in error and "fp32" in error
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_copy_without_an_answer_is_enough(bad):
+    """Minus infinity, a masked class, is an answer like any other."""
+    brightness = lambda x: torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], dim=1)
+    x, threshold = torch.full((1, 3, 3), 0.6), 0.95            # 9 pixels: sigma / 3 from 0.6
+
+    def sometimes(x):
+        logits = brightness(x)
+        logits[x.mean((1, 2, 3)) > threshold, 1] = bad
+        return logits
+
+    request = 7, x, generator_for(0, 7, 2, CPU), 200
+    if bad == -math.inf:
+        assert predict(sometimes, x, 0.5, 200, index=7) == 0
+        assert count_under_noise(sometimes, [request], 0.5).sum() == 200
+        return
+    copies = noisy_copies(x, generator_for(0, 7, 2, CPU), 200, 0.5)[:200]
+    expected = int((copies.mean((1, 2, 3)) > threshold).sum())
+    assert 0 < expected < 20
+    message = f"image 7: {expected} of 200 noisy copies got NaN or infinite"
+    with pytest.raises(FloatingPointError, match=message):
+        predict(sometimes, x, 0.5, 200, index=7)
+    dark = 8, torch.zeros(1, 3, 3), generator_for(0, 8, 2, CPU), 200
+    with pytest.raises(FloatingPointError, match=message):
+        count_under_noise(sometimes, [dark, request], 0.5)
+    with pytest.raises(FloatingPointError, match="image 7"):
+        certify(sometimes, x, 0.5, 200, 200, index=7)
+
+
+def test_the_broken_image_is_named_and_copies_that_fill_a_batch_do_not_matter():
+    def f(x):
+        bright = x.mean(dim=(1, 2, 3))[:, None] > 0.8
+        return torch.where(bright, math.nan, x.flatten(1)[:, :3])
+
+    images = [(i, torch.full((1, 2, 2), value)) for i, value in ((11, 0.0), (12, 0.1), (13, 1.0))]
+    with pytest.raises(FloatingPointError, match="image 13: 100 of 100"):
+        list(certify_all(f, images, 0.01, 100, 200, 0.05, batch=400))
+    for batch in (50, 100, 400):
+        assert len(list(certify_all(f, images[:2], 0.01, 100, 130, 0.05, batch=batch))) == 2
+
+
+def test_fine_tunings_evaluation_refuses_logits_that_are_none():
+    images = finetune.open_images("digits", None, False, 8, 1, CPU)
+    vit, args = build_vit("vit_digits", 10), SimpleNamespace(seed=0, workers=0, dtype="fp32")
+    with torch.no_grad():
+        vit.head.bias[2] = math.nan
+    with pytest.raises(FloatingPointError, match="40 images or copies got NaN.*fp32"):
+        finetune.accuracy(vit, images, torch.arange(20), 0.25, 2, args, CPU)
+
+
+# -- FILE.py:NAME is an import ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "words"), [
+    ("none.py:f", "no none.py"), ("mine.py", "no mine.py"), ("", "no "), (":f", "no :f"),
+    ("mine.py:", "no function ''"), ("mine.py:missing", "no function 'missing'"),
+    ("mine.py:not_callable", "no function 'not_callable'"),
+    ("mine.py:Holder", "is a class: name an instance of it")])
+def test_a_name_that_is_no_function_is_refused(
+        file, tmp_path, refused, monkeypatch, place, words):
+    monkeypatch.chdir(file.parent)
+    if place:
+        assert words in refused(flags(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("source", ["import nothing_of_this_name", "raise ValueError('odd')",
+                                    "open('/nowhere/weights.npy')", "def f(x:"])
+def test_an_error_at_import_keeps_its_traceback_and_names_the_file(tmp_path, source):
+    (tmp_path / "mine.py").write_text(f"\n{source}\n")
+    with pytest.raises(Exception, match="nothing_of|odd|nowhere|never closed") as error:
+        main(flags(f"{tmp_path}/mine.py:f", tmp_path / "run"))
+    assert error.value.__notes__ == [
+        f"certify.py: error: in the import of {tmp_path}/mine.py (--classifier)"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_traceback_ends_with_the_line_that_says_where_it_was(tmp_path):
+    (tmp_path / "mine.py").write_text("\n1 / 0\n")
+    job = alone(*flags(f"{tmp_path}/mine.py:f", tmp_path / "run"))
+    *traceback, error, last = job.stderr.splitlines()
+    assert job.returncode == 1 and traceback[0].startswith("Traceback")
+    assert any("mine.py" in line and "line 2" in line for line in traceback)
+    assert error == "ZeroDivisionError: division by zero"
+    assert last == f"certify.py: error: in the import of {tmp_path}/mine.py (--classifier)"
+
+
+@pytest.mark.parametrize("source", [
+    "{}['no such layer']", "1 / 0", "raise ValueError('odd')", "raise OSError('no disk')"])
+def test_an_error_inside_f_keeps_its_traceback_and_names_the_data_set(tmp_path, source):
+    """Of a file that expects colour pictures, when --dataset was forgotten, for instance."""
+    (tmp_path / "mine.py").write_text(f"def f(x):\n    {source}\n")
+    with pytest.raises(Exception, match="layer|zero|odd|disk") as error:
+        main(flags(f"{tmp_path}/mine.py:f", tmp_path / "run"))
+    assert error.value.__notes__ == [
+        f"certify.py: error: in {tmp_path}/mine.py:f, given images (400, 1, 8, 8) of --dataset "
+        "digits"]                                              # the last line of a traceback
+    assert error.traceback[-1].path == tmp_path / "mine.py"
+
+
+def test_a_module_beside_the_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)                      # taken back after the test
+    (tmp_path / "helper_of_mine.py").write_text("CLASS = 4\n")
+    (tmp_path / "mine.py").write_text(
+        "import torch\nfrom helper_of_mine import CLASS\n"
+        "f = lambda x: torch.eye(10)[CLASS].expand(len(x), 10)\n")
+    main(flags(f"{tmp_path}/mine.py:f", tmp_path))
+    assert {row["top"] for row in rows(tmp_path)} == {"4"}
+
+
+def test_the_users_own_modules_win_and_certify_is_the_one_that_runs(tmp_path):
+    """A model.py beside the file, and a data class, which needs its module in sys.modules."""
+    (tmp_path / "model.py").write_text("mine = 6\n")
+    (tmp_path / "f.py").write_text("""
+from __future__ import annotations
+import dataclasses, sys
+import torch
+import model
+from certify import RANK, refuse
+assert sys.modules["certify"] is sys.modules["__main__"]
+
+@dataclasses.dataclass
+class Network:
+    answer: int = model.mine
+    def __call__(self, x):
+        return torch.eye(10)[self.answer].expand(len(x), 10)
+
+f = Network()
+""")
+    job = alone(*flags(f"{tmp_path}/f.py:f", tmp_path))
+    assert job.returncode == 0, job.stderr
+    assert {row["top"] for row in rows(tmp_path)} == {"6"}
+
+
+def test_a_file_may_refuse_in_one_line(tmp_path, refused):
+    (tmp_path / "mine.py").write_text(
+        "from certify import refuse\nrefuse('mine.py needs WEIGHTS=file')\n")
+    assert "mine.py needs WEIGHTS=file" in refused(flags(f"{tmp_path}/mine.py:f", tmp_path))
+
+
+# -- What certify() and predict() are given --------------------------------------------------------
 
 
 def linear(x):
-    return x.flatten(1).float() @ torch.tensor([[1.0, -1.0], [0.5, 0.0], [0.0, 0.5], [-1.0, 1.0]]).to(x.device)
+    weights = torch.tensor([[1.0, -1.0], [0.5, 0.0], [0.0, 0.5], [-1.0, 1.0]])
+    return x.flatten(1).float() @ weights
 
 
-@pytest.mark.parametrize("x, words", [
-    (torch.rand(1, 2, 2) * 255, "255"), (torch.rand(2, 1, 2, 2), r"\(2, 1, 2, 2\)"), (torch.rand(2, 2), r"\(2, 2\)"),
-    (torch.zeros(1, 2, 2, dtype=torch.uint8), "uint8"), (torch.full((1, 2, 2), float("nan")), "not finite"), (np.zeros((1, 2, 2)), "ndarray"), (torch.zeros(1, 2, 2).long(), "int64")])
+@pytest.mark.parametrize(("x", "words"), [
+    (torch.rand(2, 1, 2, 2), r"\(2, 1, 2, 2\)"), (torch.rand(2, 2), r"\(2, 2\)"),
+    (torch.zeros(1, 2, 2, dtype=torch.uint8), "uint8"), (torch.zeros(1, 2, 2).long(), "int64"),
+    (np.zeros((1, 2, 2)), "ndarray"), (torch.full((1, 2, 2), math.nan), "not finite"),
+    (torch.rand(1, 2, 2) * 254 + 1, "255|2[0-9][0-9]|not in .0, 1."),
+    (torch.tensor([[[0.0, 1.51]]]), "from 0 to 1.51"),
+    (torch.tensor([[[-0.51, 1.0]]]), "from -0.51 to 1"),
+    (torch.rand(1, 2, 2) * 255 - 128, "not in .0, 1."),
+    (torch.tensor([[[-1.0, 1.0]]]), "from -1 to 1.*any_range=True")])
 @pytest.mark.parametrize("function", [certify, predict])
 def test_what_is_no_image_in_0_1_is_refused_in_a_sentence(function, x, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -212,75 +474,53 @@ def test_what_is_no_image_in_0_1_is_refused_in_a_sentence(function, x, words):
     assert "\n" not in str(error.value)
 
 
-def test_another_range_of_pixels_can_be_asked_for():
-    x = torch.tensor([[[255.0, 10.0], [20.0, 30.0]]])
-    prediction, radius = certify(linear, x, 30.0, n=1000, any_range=True)
-    assert prediction == 0 and radius > 30
-    assert certify(linear, x / 255 - 0.5, 0.1, n=100)[0] == 0          # below zero: no picture of 0..255
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_images_get_noise_of_full_precision(dtype):
-    x, seen = torch.rand(1, 2, 2).to(dtype), []
-
-    def watch(copies):
-        seen.append(copies)
-        return linear(copies)
-
-    count_under_noise(watch, x, 0.5, 100, generator_for(0, 7, 1, CPU))
-    exact = x.float() + 0.5 * torch.randn(100, 1, 2, 2, generator=generator_for(0, 7, 1, CPU))
-    assert torch.equal(seen[0], exact.to(dtype)) and seen[0].dtype == dtype
-    count_classes(watch, [(x, generator_for(0, 7, 1, CPU), 100)], GaussianNoise(0.5))
-    assert torch.equal(seen[1], seen[0])
+@pytest.mark.parametrize("function", [certify, predict])
+@pytest.mark.parametrize("how", [
+    dict(alpha=5), dict(alpha=1), dict(alpha=0), dict(alpha=-0.1), dict(alpha=math.nan),
+    dict(sigma=0), dict(sigma=-1), dict(sigma=math.nan), dict(n=0), dict(n=-3)])
+def test_numbers_that_mean_nothing_are_refused(function, how):
+    """alpha = 5, meant as 5 %, once certified a fair coin, since a comparison with NaN is false."""
+    with pytest.raises(ValueError, match="alpha between 0 and 1"):
+        function(linear, torch.rand(1, 2, 2), **dict(sigma=0.5, n=100) | how)
 
 
 @pytest.mark.parametrize("function", [certify, predict])
-def test_a_single_logit_is_refused(function):
-    """A binary classifier's score: its argmax would be class 0 for every image, with the largest radius there is."""
-    with pytest.raises(ValueError, match="single logit"):
-        function(lambda x: x.flatten(1)[:, :1], torch.zeros(1, 2, 2), 0.5, n=100)
+def test_a_network_in_training_mode_is_refused(function):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"training mode: call its eval\(\)"):
+        function(network, torch.rand(1, 2, 2), 0.5, n=100)
+    function(network.eval(), torch.rand(1, 2, 2), 0.5, n=100)
 
 
-def test_seeds_that_would_share_a_stream_are_refused(capsys, tmp_path):
-    """2^32 + s and s would be one seed of a 32-bit generator."""
-    for seed in (2**32, -1):
-        with pytest.raises(ValueError, match="seed"):
-            generator_for(seed, 0, 0, CPU)
-    for stage, more in ((pretrain, []), (finetune, ["--sigma", "1", "--init", "scratch"]), (c, ["--sigma", "1"])):
-        with pytest.raises(SystemExit) as stop:
-            stage.main([*more, "--seed", str(2**32), "--out", str(tmp_path / "run")])
-        assert stop.value.code == 2 and "--seed" in capsys.readouterr().err
+def test_images_in_other_units_are_taken_if_that_is_said():
+    """Pixels and sigma 255 times as large: the same counts, and 255 times the radius."""
+    x = torch.tensor([[[1.0, 0.0], [0.1, 0.2]]])
+    prediction, radius = certify(linear, x, 0.5, 20, 200)
+    scaled = lambda x: linear(x / 255)
+    other, larger = certify(scaled, 255 * x, 127.5, 20, 200, any_range=True)
+    assert other == prediction == 0 and larger == pytest.approx(255 * radius, rel=1e-4)
+    normalised = (x - 0.9) / 0.2                               # negative, too
+    assert predict(lambda x: linear(x * 0.2 + 0.9), normalised, 2.5, 200, any_range=True) == 0
+    assert certify(linear, x * 1.5 - 0.5, 0.1, n=100)[0] != ABSTAIN          # a little outside
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_images_get_the_noise_of_single_precision(dtype):
+    x = torch.rand(1, 2, 2, generator=torch.Generator().manual_seed(2)).to(dtype)
+    seen = []
+
+    def watch(copies):
+        seen.append(copies.clone())
+        return linear(copies)
+
+    predict(watch, x, 0.5, 250)
+    whole = noisy_copies(x.float(), generator_for(0, 0, 2, CPU), 250, 0.5).to(dtype)
+    assert torch.equal(torch.cat(seen), whole) and seen[0].dtype == dtype
 
 
 def test_an_index_of_its_own_gives_an_image_its_own_noise():
     seen = []
-    watch = lambda copies: seen.append(copies) or linear(copies)
+    watch = lambda copies: seen.append(copies.clone()) or linear(copies)
     for index in (0, 0, 1):
         certify(watch, torch.zeros(1, 2, 2), 0.5, n0=100, n=100, index=index)
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[4])
-
-
-def test_fine_tunings_evaluation_refuses_logits_that_are_none():
-    images = finetune.open_images("digits", None, False, 8, 1)
-    vit = build_vit("vit_digits", 10)
-    with torch.no_grad():
-        vit.head.bias[2] = float("nan")
-    with pytest.raises(finetune.RunError, match="40 images or copies got NaN.*fp32"):
-        finetune.evaluate(vit, images, torch.arange(20), 0.25, 0, 10, 0, 0, 1, CPU)
-
-
-def test_another_network_from_the_same_file_is_another_classifier(monkeypatch, tmp_path, capsys):
-    """The file is the same; what it reads, by an environment variable for instance, is not."""
-    file = tmp_path / "mine.py"
-    file.write_text("import os\nimport torch\ntorch.manual_seed(int(os.environ['WHICH']))\n"
-                    "f = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n")
-    line = ["--sigma", "0.25", "--classifier", f"{file}:f", "--n", "100", "--n0", "10", "--max", "2", "--device", "cpu",
-            "--out", str(tmp_path)]
-    monkeypatch.setenv("WHICH", "1")
-    c.main(line)
-    c.main(line)
-    assert "is done" in capsys.readouterr().out
-    monkeypatch.setenv("WHICH", "2")
-    with pytest.raises(SystemExit):
-        c.main(line)
-    assert "other settings (weights_sha256" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The notebooks execute, are what their sources say, and name things that exist."""
 
+import ast
 import importlib
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jupytext
 import pytest
@@ -14,14 +16,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 IDS = [source.stem for source in SOURCES]
+PAGES = {source.name[:2]: source.read_text() for source in SOURCES}
+SCRIPTS = ["model.py", "pretrain.py", "finetune.py", "certify.py"]
+SCRIPTS += sorted(f"extras/{file.name}" for file in (ROOT / "extras").glob("*.py"))
 
 
-def code(notebook):
-    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def test_there_are_the_six_of_them():
-    assert [source.name[:2] for source in SOURCES] == ["01", "02", "03", "04", "05", "06"]
+    assert [*PAGES] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
@@ -46,54 +51,139 @@ def test_the_committed_notebook_was_executed_and_shows_nothing_of_the_machine(so
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert file.stat().st_size < 2**20
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+
     outputs = [output for cell in cells for output in cell["outputs"]]
-    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
-    text = json.dumps([cell["source"] for cell in notebook["cells"]]) + json.dumps(
-        [{**output, "data": {kind: data for kind, data in output.get("data", {}).items() if kind != "image/png"}}
-         for output in outputs]) + json.dumps(notebook["metadata"])
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    pictures = [output["data"].pop("image/png", None) for output in outputs if "data" in output]
+    assert len([picture for picture in pictures if picture]) >= 2
+    sources = [cell["source"] for cell in notebook["cells"]]
+    text = json.dumps([sources, outputs, notebook["metadata"]])
     assert not re.search(r"Warning|/root/|/home/|/work/|/Users/|/tmp/", text)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=IDS)
+def test_the_code_that_the_committed_notebook_shows_is_that_of_the_scripts(source):
+    shown = []
+    for cell in json.loads(source.with_suffix(".ipynb").read_text())["cells"]:
+        for output in cell.get("outputs", ()):
+            text = "".join(output.get("data", {}).get("text/markdown", ""))
+            shown += re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    scripts = [(ROOT / file).read_text() for file in [*SCRIPTS, "results/digits/compare.py"]]
+    assert shown
+    for text in shown:
+        assert any(text in script for script in scripts), f"execute it again: {text[:60]}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
 def test_the_notebook_executes_and_its_assertions_hold(source, tmp_path):
-    assert sum(len(re.findall(r"^\s*assert |assert_allclose|assert_close", cell, re.MULTILINE))
-               for cell in code(jupytext.read(source))) >= 5
-    done = subprocess.run([sys.executable, "-m", "jupytext", "--to", "ipynb", "--run-path", source.parent, "--execute",
-                           "--output", tmp_path / "out.ipynb", source], capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assertions = r"^\s*assert |assert_allclose|assert_close"
+    sources = [cell.source for cell in code_cells(jupytext.read(source))]
+    assert len(re.findall(assertions, "\n".join(sources), re.MULTILINE)) >= 5
+
+    out = tmp_path / "out.ipynb"
+    how = ["--to", "ipynb", "--run-path", source.parent, "--execute", "--output", out]
+    done = subprocess.run(
+        [sys.executable, "-m", "jupytext", *how, source],
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    cells = [cell for cell in jupytext.read(tmp_path / "out.ipynb").cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in cells)
+    assert all(cell.execution_count for cell in code_cells(jupytext.read(out)))
 
 
-def test_the_map_of_equations_names_what_exists():
-    rows = [row.split("|")[1:-1] for row in (ROOT / "notebooks" / "README.md").read_text().splitlines() if row.startswith("| ")]
-    rows = [row for row in rows if len(row) == 4 and ".py:" in row[2]]
-    assert len(rows) >= 20
-    for _, _, where, explained in rows:
-        (notebook,) = (source for source in SOURCES if source.name.startswith(explained.strip()[:2]))
-        for file, name in re.findall(r"`(\w+)\.py:([\w.]+)`", where):
-            thing = importlib.import_module(file)
-            for part in name.split("."):
-                thing = getattr(thing, part)
-            last = name.split(".")[-1]
-            called_or_quoted = rf"\b{last}\(|`([\w.]+\.)?{last}`|\b{file}\.{re.escape(name)}\b"
-            assert re.search(called_or_quoted, notebook.read_text()), f"{notebook.name} does not mention {name}"
+# The numbers of the equations: in the notebooks, in the map of README.md, in the docstrings.
+
+
+class Row(NamedTuple):
+    """A row of the map."""
+
+    numbers: list                                              # ["2.2", "2.3"], or none
+    functions: list                                            # [("certify.py", "predict"), ...]
+    code: str
+    notebook: str
+
+
+def the_map():
+    for line in (ROOT / "notebooks" / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4 and cells[3] in PAGES:
+            leading = re.match(r"((\(\d+\.\d+\)(, )?)*)", cells[0])[0]
+            functions = re.findall(r"`([\w/]+\.py):([\w.]+)`", cells[2])
+            yield Row(re.findall(r"\d+\.\d+", leading), functions, *cells[2:])
+
+
+def docstrings():
+    """{(file, name): docstring} of the functions and classes of the scripts and extras."""
+    found = {}
+
+    def visit(node, file, name):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                place = (file, f"{name}{child.name}")
+                found[place] = " ".join((ast.get_docstring(child) or "").split())
+                visit(child, file, f"{place[1]}.")
+
+    for file in SCRIPTS:
+        visit(ast.parse((ROOT / file).read_text()), file, "")
+    return found
+
+
+def numbers_of(docstring):
+    """(notebook, numbers) that a docstring names: "notebook 02, (2.11), (2.12)"; None if none."""
+    named = re.search(r"notebook (\d\d), ((?:\(\d+\.\d+\)(?:, )?)+)", docstring)
+    return named and (named[1], re.findall(r"\d+\.\d+", named[2]))
+
+
+def numbers_in(notebook):
+    return re.findall(r"\\tag\{([\d.]+)\}", PAGES[notebook])
+
+
+def is_mentioned(file, name, notebook):
+    """Called, or quoted, or with its file's name: predict(, `certify.predict`, certify.predict."""
+    last, stem = name.split(".")[-1], Path(file).stem
+    mention = rf"\b{last}\(|`([\w.]+\.)?{last}`|\b{stem}\.{re.escape(name)}\b"
+    return re.search(mention, PAGES[notebook])
+
+
+def test_a_number_stands_once_in_the_notebook_that_it_begins_with():
+    for notebook in PAGES:
+        numbers = numbers_in(notebook)
+        assert len(numbers) == len(set(numbers)) > 5
+        assert all(f"{int(number.split('.')[0]):02}" == notebook for number in numbers)
 
 
 def test_the_map_has_every_equation_that_has_a_number():
-    numbers = {"notebooks": {}, "map": {}}
-    for source in SOURCES:
-        for number in re.findall(r"\\tag\{([\d.]+)\}", source.read_text()):
-            assert number not in numbers["notebooks"], f"({number}) stands twice"
-            assert number.split(".")[0] == source.name[:2].lstrip("0")
-            numbers["notebooks"][number] = source.name[:2]
-    for row in (ROOT / "notebooks" / "README.md").read_text().splitlines():
-        cells = [cell.strip() for cell in row.split("|")[1:-1]]
-        if len(cells) == 4 and (leading := re.match(r"(\(\d+\.\d+\)(, )?)+", cells[0])):
-            assert cells[2], f"no code, nor the word none: {row}"
-            for number in re.findall(r"\d+\.\d+", leading.group()):
-                numbers["map"][number] = cells[3]
-    assert numbers["map"] == numbers["notebooks"]
+    everywhere = {number: notebook for notebook in PAGES for number in numbers_in(notebook)}
+    assert {number: row.notebook for row in the_map() for number in row.numbers} == everywhere
+    for row in the_map():
+        assert row.code or not row.numbers, f"no code, nor the word none: {row}"
+
+
+def test_the_map_names_what_exists_and_what_its_notebook_mentions():
+    functions = [(place, row.notebook) for row in the_map() for place in row.functions]
+    assert len(functions) >= 60
+    for (file, name), notebook in functions:
+        thing = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        for part in name.split("."):
+            thing = getattr(thing, part)
+        assert is_mentioned(file, name, notebook), f"notebook {notebook} does not mention {name}"
+
+
+def test_docstrings_name_the_numbers_of_the_map():
+    """Both ways: a docstring's numbers are rows that name its function, and such a row has one."""
+    named = {place: numbers_of(docstring) for place, docstring in docstrings().items()}
+    named = {place: found for place, found in named.items() if found}
+    rows = {(row.notebook, n, place) for row in the_map() for n in row.numbers
+            for place in row.functions}
+    for place, (notebook, numbers) in named.items():
+        for number in numbers:
+            assert number in numbers_in(notebook), f"{place}: no ({number}) in notebook {notebook}"
+            assert (notebook, number, place) in rows, f"{place}: the map has it not by ({number})"
+        assert is_mentioned(*place, notebook), f"notebook {notebook} does not mention {place}"
+    assert {place for _, _, place in rows} == named.keys()
+
+
+def test_a_docstring_that_names_a_notebook_names_a_number():
+    for place, docstring in docstrings().items():
+        assert ("notebook" in docstring) == bool(numbers_of(docstring)), place

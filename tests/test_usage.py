@@ -1,37 +1,45 @@
-"""Bad input: one clear line on stderr, exit status 2, nothing written."""
+"""Wrong use of any flag is one line on standard error, status 2, and nothing written."""
 
-import builtins
+import inspect
 import os
+import re
+import shlex
 import shutil
-from argparse import ArgumentTypeError
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import certify
 import finetune
 import pretrain
-from model import SIZES
 
+ROOT = Path(__file__).parents[1]
 STAGES = {"pretrain": pretrain, "finetune": finetune, "certify": certify}
+CLASSIFIER = ["--classifier", "plugs.py:zeros"]
+SCRATCH = ["--init", "scratch"]
+GOOD = {                                                   # a command to which a test adds
+    "pretrain": [],
+    "finetune": ["--sigma", "0.25", *SCRATCH],
+    "certify": ["--sigma", "0.25", *CLASSIFIER],
+}
+FOLDER = ["--dataset", "folder", "--model", "vit_digits", "--data-path"]
 
 
-def refused(stage, arguments, capsys, status=(2,)):
-    """The one line that the stage prints when it refuses the arguments, in a folder where nothing changes."""
-    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    with pytest.raises(SystemExit) as stop:
-        STAGES[stage].main([str(argument) for argument in arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code in status and error.count("\n") == 1 and "Traceback" not in error
-    assert error.startswith(f"{stage}.py: error: ")
-    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
-    return error
+def flags_of(stage):
+    """{name: (value, text, *choices)}, all of them."""
+    return stage.FLAGS | stage.RUN_FLAGS | getattr(stage, "REPORT_FLAGS", {})
+
+
+def dashed(name):
+    return f"--{name.replace('_', '-')}"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_run, make_folder):
-    """A folder with good and damaged checkpoints and data sets to name on the command line; no test changes it."""
+    """Good and damaged checkpoints, class folders and plugs to name; no test changes it."""
     root = tmp_path_factory.mktemp("usage")
     os.symlink(tiny_run / "pretrain.pt", root / "good.pt")
     os.symlink(tiny_run / "finetune_sigma_0.25.pt", root / "tuned.pt")
@@ -41,208 +49,393 @@ def folder(tmp_path_factory, tiny_run, make_folder):
     weights = torch.load(root / "good.pt", weights_only=True)["model"]
     torch.save({"model": weights | {"cls_token": torch.ones(1, 1, 8)}}, root / "wide.pt")
     torch.save({"model": weights | {"extra.weight": torch.ones(1)}}, root / "extra.pt")
-    torch.save({"model": weights, "kind": "pretrain"}, root / "bare.pt")
-    for name in ("no_train/val/a", "no_val/train/a", "no_classes/train", "no_pictures/train/a"):
+    for name in ("no_train/val/a", "no_classes/train", "no_pictures/train/a"):
         (root / name).mkdir(parents=True)
-    make_folder(8, grey=True).rename(root / "no_val_either")
-    shutil.rmtree(root / "no_val_either" / "val")
-    make_folder(8, grey=True).rename(root / "other_classes")
+    make_folder(8, grey=True).rename(root / "pictures")
+    for name in ("no_val", "other_classes"):
+        shutil.copytree(root / "pictures", root / name)
+    shutil.rmtree(root / "no_val" / "val")
     (root / "other_classes" / "val" / "class_2").rename(root / "other_classes" / "val" / "class_3")
-    (root / "classifier.py").write_text("import torch\ndef f(x):\n    return torch.zeros(len(x), 10)\nvalue = 3\n")
+    (root / "plugs.py").write_text(
+        "import torch\nvalue = 3\n"
+        "class Network(torch.nn.Module):\n    pass\n"
+        "def zeros(x):\n    return torch.zeros(len(x), 10)\n"
+        "def three(x):\n    return torch.zeros(len(x), 3)\n")
+    rows = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t1\t1\t0.3\t1\t0:00:01.0\n"
+    (root / "sigma_0.25.tsv").write_text(rows)
     return root
 
 
 @pytest.fixture(autouse=True)
 def inside(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setitem(SIZES, "tiny_rgb", dict(image_size=16, patch_size=4, channels=3, dim=16, depth=1, heads=2,
-                                                decoder_dim=16, decoder_depth=1, decoder_heads=2))
 
 
-FOLDER = ["--dataset", "folder", "--data-path"]
-BOTH = {                                                                    # pretrain.py and finetune.py: (arguments, named)
-    "recipe": (["--recipe", "digit"], "digits"),
-    "recipe, nothing close": (["--recipe", "xyz"], "imagenet-base"),
-    "data set": (["--dataset", "cifar"], "cifar10"),
-    "model": (["--model", "vit_bas_patch16"], "vit_base_patch16"),
-    "normalisation": (["--normalisation", "imagnet"], "imagenet"),
-    "normalisation of other channels": (["--normalisation", "cifar10"], "normalisation|channels"),
-    "model of other channels": (["--model", "vit_cifar", "--normalisation", "cifar10"], "1 x 8 x 8"),
-    "image size": (["--image-size", "16"], "16 x 16"),
-    "no image size": (["--image-size", "0"], "image-size"),
+@pytest.fixture
+def refused(capsys):
+    """refused(stage, arguments) -> the one line that it prints; nothing may change."""
+
+    def run(stage, arguments, status=2):
+        before = {path: path.lstat().st_mtime_ns for path in Path().rglob("*")}
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            STAGES[stage].main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err
+        assert stop.value.code == status, error
+        assert error.count("\n") == 1 and error.startswith(f"{stage}.py: error: "), error
+        assert {path: path.lstat().st_mtime_ns for path in Path().rglob("*")} == before
+        return error
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------
+# Every flag, by its table
+# --------------------------------------------------------------------------------------------------
+
+# Flags that take any word: ways to be wrong, each with what the line names.
+WORDS = {
+    "pretrain": {
+        "out": [],                                         # those of [] have tests of their own
+        "data_path": [],
+        "init": [("gone.pt", "gone.pt"), ("no_val", "no_val"), ("torn.pt", "torn.pt"),
+                 ("text.pt", "text.pt"), ("list.pt", "list.pt"), ("wide.pt", "cls_token"),
+                 ("extra.pt", "extra.weight")],
+    },
+    "finetune": {
+        "objective": [("smoothadv", "FILE.py:NAME"), ("gone.py:f", "gone.py"),
+                      ("plugs.py:f", "'f'"), ("plugs.py:value", "'value'"),],
+        "objective_args": [("copies", "copies"), ("colour=3", "colour"), ("lam=much", "lam=much")],
+    },
+    "certify": {
+        "out": [],
+        "data_path": [],
+        "checkpoint": [("tuned.pt", "--checkpoint")],      # besides --classifier
+        "classifier": [("gone.py:zeros", "gone.py"), ("plugs.py", "plugs.py"),
+                       ("plugs.py:f", "'f'"), ("plugs.py:value", "'value'"),
+                       ("plugs.py:Network", "class"), ("plugs.py:three", "3 logits")],
+        "procedure": [("gone.py:f", "gone.py"), ("sequential", "sequential"),
+                      ("plugs.py:value", "'value'")],
+        "shard": [("2/2", "--shard"), ("1", "--shard"), ("-1/2", "--shard"), ("0/0", "--shard")],
+        "report": [("sigma_0.25.tsv", "--report")],        # besides what is to be certified
+        "label": [],
+        "plot": [],
+    },
+}
+WORDS["finetune"] |= {key: WORDS["pretrain"][key] for key in ("out", "data_path", "init")}
+
+
+def wrong_values(stage):
+    """(name, arguments, what the line must name) of every flag of a stage, from its tables."""
+    for name, (value, text, *choices) in flags_of(STAGES[stage]).items():
+        kind = type(value[0] if isinstance(value, tuple) else value)
+        flag = dashed(name)
+        if kind is bool:
+            yield name, [f"{flag}=3"], flag
+            continue
+        yield name, [flag], flag
+        if choices:
+            yield name, [flag, "nonsense"], flag
+        elif kind is str:
+            for word, named in WORDS[stage][name]:
+                yield name, [flag, word], named
+        else:
+            wrong = ["x", "-1", "nan", "inf", "-inf", "1e400"]
+            wrong += ["1.5", "1e2"] if kind is int else []
+            wrong += ["0"] if "0:" not in text else []
+            wrong += ["1", "1.5"] if name in ("mask_ratio", "erasing", "drop_path", "alpha") else []
+            for word in wrong:
+                yield name, [flag, word], flag
+
+
+CASES = [
+    pytest.param(stage, arguments, named, id=f"{stage} {' '.join(arguments)}")
+    for stage in STAGES for _, arguments, named in wrong_values(stage)
+]
+
+
+@pytest.mark.parametrize("stage, arguments, named", CASES)
+def test_a_wrong_value_of_any_flag_is_refused(refused, stage, arguments, named):
+    out = [] if "--out" in arguments else ["--out", "run"]
+    assert named in refused(stage, [*GOOD[stage], *out, "--device", "cpu", *arguments])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_is_refused_but_where_the_help_says_what_it_means(refused, stage):
+    """Written out once, by hand: the table of the test above is the code's own."""
+    zero = {
+        "pretrain": {"holdout", "sigma", "mask_ratio", "warmup_epochs", "weight_decay",
+                     "clip_grad", "seed", "workers"},
+        "finetune": {"sigma", "labels_per_class", "erasing", "mixup", "cutmix", "warmup_epochs",
+                     "min_lr", "weight_decay", "drop_path", "clip_grad", "seed", "workers"},
+        "certify": {"max", "radii", "seed", "batch"},
+    }
+    number = {name for name, (value, *_) in flags_of(STAGES[stage]).items()
+              if type(value[0] if isinstance(value, tuple) else value) in (int, float)}
+    for name in number:
+        if name in zero[stage]:
+            given = STAGES[stage].parse([*GOOD[stage], dashed(name), "0"])
+            given = given[0] if stage == "certify" else given
+            assert getattr(given, name) in (0, [0])
+        else:
+            refused(stage, [*GOOD[stage], dashed(name), "0"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("arguments", [["--colour", "red"], ["digits"], ["--see", "3"],
+                                       ["--dry-run"], ["--overwrite"], ["--resume", "never"]])
+def test_what_is_no_flag_is_refused(refused, stage, arguments):
+    """Abbreviations, too, since a later flag would change what they mean."""
+    assert arguments[0] in refused(stage, [*GOOD[stage], *arguments])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_every_flag_its_choices_and_its_value(capsys, stage):
+    with pytest.raises(SystemExit) as stop:
+        STAGES[stage].main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert not stop.value.code
+    for name, (value, what, *choices) in flags_of(STAGES[stage]).items():
+        what = " ".join(f"{what} [{value}]".split())
+        assert dashed(name) in text and what.replace("- ", "-") in text.replace("- ", "-")
+        assert not choices or f"{{{','.join(choices)}}}" in text
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags against each other, checkpoints and data
+# --------------------------------------------------------------------------------------------------
+
+BOTH = {                                                   # what pretrain.py and finetune.py refuse
+    "normalisation of other channels": (["--normalisation", "cifar10"], "channels"),
+    "model of other channels": (["--model", "vit_cifar"], "channels"),
+    "data set of another recipe": (["--dataset", "cifar10"], "--model"),
     "missing data folder": ([*FOLDER, "nowhere"], "nowhere"),
     "folder without train": ([*FOLDER, "no_train"], "no_train/train"),
     "folder without classes": ([*FOLDER, "no_classes"], "no_classes"),
     "class without pictures": ([*FOLDER, "no_pictures"], "a"),
-    "no data folder": (["--dataset", "folder"], "data-path|data_path"),
-    "no such flag": (["--colour", "red"], "--colour"),
-    "no abbreviations": (["--epoch", "3"], "--epoch"),
-    "no value": (["--epochs"], "--epochs"),
-    "augmentation": (["--augment", "spin"], "--augment"),
-    "augmentation of files": (["--augment", "resized-crop"], "resized-crop"),
-    "negative sigma": (["--sigma", "-0.1"], "--sigma"),
-    "nan": (["--sigma", "nan"], "--sigma"),
-    "infinite": (["--sigma", "inf"], "--sigma"),
-    "word for sigma": (["--sigma", "much"], "--sigma"),
-    "word for epochs": (["--epochs", "ten"], "--epochs"),
-    "no epochs": (["--epochs", "0"], "--epochs"),
-    "less than one step": (["--epochs", "0.01"], "epochs"),
-    "infinitely many epochs": (["--epochs", "inf"], "--epochs"),
-    "fraction of an image": (["--batch", "12.5"], "--batch"),
-    "empty batch": (["--batch", "0"], "--batch"),
-    "negative batch": (["--batch", "-128"], "--batch"),
-    "empty device batch": (["--device-batch", "0"], "--device-batch"),
+    "augmentation of large pictures": (["--augment", "resized-crop"], "resized-crop"),
+    "augmentation of small pictures": (
+        [*FOLDER, "pictures", "--size", "80", "--augment", "flip", "--batch", "4"], "flip"),
     "batch beyond the data": (["--batch", "5000"], "5000"),
-    "learning rate": (["--base-lr", "0"], "--base-lr"),
-    "weight decay": (["--weight-decay", "-1"], "--weight-decay"),
-    "negative warm-up": (["--warmup-epochs", "-1"], "--warmup-epochs"),
-    "negative seed": (["--seed", "-1"], "--seed"),
+    "batch beyond what is not held out": (["--holdout", "1400"], "128"),
     "everything held out": (["--holdout", "1437"], "1437"),
     "more than everything held out": (["--holdout", "5000"], "5000"),
-    "missing checkpoint": (["--init", "gone.pt"], "gone.pt"),
-    "folder for a checkpoint": (["--init", "no_val"], "no_val"),
-    "truncated checkpoint": (["--init", "torn.pt"], "torn.pt"),
-    "text for a checkpoint": (["--init", "text.pt"], "text.pt"),
-    "list for a checkpoint": (["--init", "list.pt"], "list.pt"),
-    "checkpoint of another shape": (["--init", "wide.pt"], "cls_token"),
-    "checkpoint with another parameter": (["--init", "extra.pt"], "extra.weight"),
-    "no such device": (["--device", "abacus"], "--device"),
-    "no such dtype": (["--dtype", "fp4"], "--dtype"),
-    "resume": (["--resume", "never"], "--resume"),                          # there is no such flag any more
+}
+TUNED = ["--sigma", "0.25", "--init", "good.pt"]
+ONLY = {
+    "pretrain": {
+        "no patch kept": (["--mask-ratio", "0.99"], "0.99"),
+        "loss on dropped ones of none": (["--mask-ratio", "0", "--loss-on", "dropped"],
+                                         "--loss-on dropped"),
+        "fine-tuned checkpoint": (["--init", "tuned.pt"], "tuned.pt"),
+    },
+    "finetune": {
+        "no sigma": (SCRATCH, "--sigma"),
+        "nothing to start from": (["--sigma", "0.25"], "run/pretrain.pt"),
+        "model of the checkpoint": ([*TUNED, "--model", "vit_cifar"], "vit_digits"),
+        "data of the checkpoint": ([*TUNED, "--dataset", "cifar10"], "made with digits"),
+        "size of the checkpoint": ([*TUNED, "--size", "16"], "made with 8"),
+        "normalisation of the checkpoint": ([*TUNED, "--normalisation", "mnist"], "good.pt"),
+        "weights of another model": (
+            [*TUNED, "--recipe", "mnist", *FOLDER[:3], "vit_fashion", "--data-path", "pictures",
+             "--size", "8", "--normalisation", "mnist", "--batch", "4"], "good.pt does not fit"),
+        "folder without val": ([*GOOD["finetune"], *FOLDER, "no_val"], "no_val/val"),
+        "classes that differ": (
+            [*GOOD["finetune"], *FOLDER, "other_classes", "--batch", "4"], "class_2, class_3"),
+        "arguments of another objective": (
+            [*GOOD["finetune"], "--objective", "gaussian", "--objective-args", "lam=1"], "lam=1"),
+    },
+    "certify": {
+        "no sigma": ([], "--sigma"),
+        "nothing to certify": (["--sigma", "0.25"], "run/finetune_sigma_0.25.pt"),
+        "missing checkpoint": (["--sigma", "0.25", "--checkpoint", "gone.pt"], "gone.pt"),
+        "truncated checkpoint": (["--sigma", "0.25", "--checkpoint", "torn.pt"], "torn.pt"),
+        "pre-trained checkpoint": (["--sigma", "0.25", "--checkpoint", "good.pt"], "finetune"),
+        "data of the checkpoint": (
+            ["--sigma", "0.25", "--checkpoint", "tuned.pt", "--dataset", "mnist"], "digits"),
+        "size of the checkpoint": (
+            ["--sigma", "0.25", "--checkpoint", "tuned.pt", "--size", "16"], "contradicts"),
+        "odd batch": ([*GOOD["certify"], "--batch", "70"], "--batch"),
+        "classes of other data": ([*GOOD["certify"], "--recipe", "mnist", *FOLDER[:2],
+                                   "--data-path", "pictures", "--size", "8"], "3 classes"),
+        "missing data folder": ([*GOOD["certify"], *FOLDER[:2], "--data-path", "nowhere"],
+                                "nowhere"),
+        "folder without val": ([*GOOD["certify"], *FOLDER[:2], "--data-path", "no_val"],
+                               "no_val/val"),
+    },
+}
+REPORT = ["--report", "sigma_0.25.tsv"]
+REPORTS = {
+    "missing file": (["--report", "gone.tsv"], "gone.tsv"),
+    "no log": (["--report", "text.pt"], "text.pt"),
+    "labels of other files": ([*REPORT, "--label", "a", "b"], "--label"),
+    "counts that a log lacks": ([*REPORT, "--bound", "two-sided"], "sigma_0.25.tsv"),
+    "negative radius": ([*REPORT, "--radii", "0", "-1"], "--radii"),
+    "picture into no folder": ([*REPORT, "--plot", "gone/x.png"], "gone"),
+    "picture of no kind": ([*REPORT, "--plot", "x.doc"], "doc"),
 }
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("arguments, named", BOTH.values(), ids=BOTH)
-def test_training_refuses(capsys, stage, arguments, named):
-    sigma = [] if stage == "pretrain" else ["--sigma", "0.25"]
-    init = [] if stage == "pretrain" or "--init" in arguments else ["--init", "scratch"]
-    error = refused(stage, [*sigma, *init, "--device", "cpu", "--out", "run", *arguments], capsys)
-    assert any(word in error for word in named.split("|")), error
-
-
-ONLY = {
-    "pretrain": {
-        "everything dropped": (["--mask-ratio", "1"], "--mask-ratio"),
-        "more than everything dropped": (["--mask-ratio", "1.5"], "--mask-ratio"),
-        "negative share dropped": (["--mask-ratio", "-0.1"], "--mask-ratio"),
-        "nan dropped": (["--mask-ratio", "nan"], "--mask-ratio"),
-        "no patch kept": (["--mask-ratio", "0.99"], "0.99"),
-        "loss on dropped ones of none": (["--mask-ratio", "0", "--loss-on", "dropped"], "--loss-on dropped"),
-        "loss": (["--loss-on", "kept"], "--loss-on"),
-        "fine-tuned checkpoint": (["--init", "tuned.pt"], "tuned.pt"),
-        "pictures too small for random crops": ([*FOLDER, "other_classes", "--holdout", "3", "--batch", "4", "--augment",
-                                                 "resized-crop"], "resized-crop"),
-    },
-    "finetune": {
-        "no sigma": (["--init", "scratch"], "--sigma"),
-        "nothing to start from": (["--sigma", "0.25"], "run/pretrain.pt"),
-        "other model than the checkpoint's": (["--sigma", "0.25", "--init", "good.pt", "--model", "vit_cifar"], "vit_digits"),
-        "other data than the checkpoint's": (["--sigma", "0.25", "--init", "good.pt", "--dataset", "cifar10"], "digits"),
-        "other size than the checkpoint's": (["--sigma", "0.25", "--init", "good.pt", "--image-size", "16"], "16"),
-        "checkpoint without settings": (["--sigma", "0.25", "--init", "bare.pt", "--epochs", "0.01"], "bare.pt|epochs"),
-        "folder without val": (["--sigma", "0.25", "--init", "scratch", *FOLDER, "no_val_either"], "val"),
-        "classes that differ": (["--sigma", "0.25", "--init", "scratch", *FOLDER, "other_classes", "--batch", "4"], "classes"),
-        "no labels": (["--sigma", "0.25", "--init", "scratch", "--labels-per-class", "0"], "--labels-per-class"),
-        "nothing held out": (["--sigma", "0.25", "--init", "scratch", "--holdout", "0"], "--holdout"),
-        "certain to erase": (["--sigma", "0.25", "--init", "scratch", "--erasing", "1"], "--erasing"),
-        "certain to drop": (["--sigma", "0.25", "--init", "scratch", "--drop-path", "1"], "--drop-path"),
-        "negative consistency": (["--sigma", "0.25", "--init", "scratch", "--consistency", "-1"], "--consistency"),
-        "never voting": (["--sigma", "0.25", "--init", "scratch", "--vote-every", "0"], "--vote-every"),
-    },
-    "certify": {
-        "no sigma": ([], "--sigma"),
-        "no noise": (["--sigma", "0"], "--sigma"),
-        "negative noise": (["--sigma", "-0.25"], "--sigma"),
-        "nan": (["--sigma", "nan"], "--sigma"),
-        "infinite": (["--sigma", "inf"], "--sigma"),
-        "word for sigma": (["--sigma", "much"], "--sigma"),
-        "recipe": (["--sigma", "0.25", "--recipe", "cifar"], "cifar10"),
-        "nothing to certify": (["--sigma", "0.25"], "run/finetune_sigma_0.25.pt"),
-        "missing checkpoint": (["--sigma", "0.25", "--checkpoint", "gone.pt"], "gone.pt"),
-        "truncated checkpoint": (["--sigma", "0.25", "--checkpoint", "torn.pt"], "torn.pt"),
-        "pre-trained checkpoint": (["--sigma", "0.25", "--checkpoint", "good.pt"], "finetune"),
-    } | {name: (["--sigma", "0.25", "--classifier", "classifier.py:f", *arguments], named) for name, (arguments, named) in {
-        "certain error": (["--alpha", "1"], "--alpha"),
-        "impossible error": (["--alpha", "0"], "--alpha"),
-        "negative error": (["--alpha", "-0.1"], "--alpha"),
-        "nan error": (["--alpha", "nan"], "--alpha"),
-        "no copies": (["--n", "0"], "--n"),
-        "no copies to select": (["--n0", "0"], "--n0"),
-        "fraction of a copy": (["--n", "1e4"], "--n"),
-        "no noise": (["--sigma", "0"], "--sigma"),
-        "negative noise": (["--sigma", "-0.25"], "--sigma"),
-        "too few copies to certify": (["--n", "9"], "abstain"),
-        "data set": (["--dataset", "digit"], "digits"),
-        "missing data folder": ([*FOLDER, "nowhere"], "nowhere"),
-        "folder without val": ([*FOLDER, "no_val_either"], "no_val_either/val"),
-        "no step": (["--skip", "0"], "--skip"),
-        "no image": (["--max", "0"], "--max"),
-        "negative seed": (["--seed", "-1"], "--seed"),
-        "negative radius": (["--radii", "-1"], "--radii"),
-        "odd batch": (["--batch", "70"], "--batch"),
-        "missing classifier": (["--classifier", "gone.py:f"], "gone.py"),
-        "no such function": (["--classifier", "classifier.py:g"], "'g'"),
-        "no function": (["--classifier", "classifier.py:value"], "'value'"),
-    }.items()},
-}
+def test_training_refuses(refused, stage, arguments, named):
+    common = ["--device", "cpu", "--out", "run"]
+    assert named in refused(stage, [*GOOD[stage], *common, *arguments])
 
 
 @pytest.mark.parametrize("stage, arguments, named", [
-    pytest.param(stage, *case, id=f"{stage}: {name}") for stage, cases in ONLY.items() for name, case in cases.items()])
-def test_a_stage_refuses(capsys, stage, arguments, named):
-    error = refused(stage, [*arguments, "--device", "cpu", "--out", "run"], capsys)
+    pytest.param(stage, *case, id=f"{stage}: {name}")
+    for stage, cases in ONLY.items() for name, case in cases.items()])
+def test_a_stage_refuses(refused, stage, arguments, named):
+    error = refused(stage, [*arguments, "--device", "cpu", "--out", "run"])
     assert any(word in error for word in named.split("|")), error
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_help_names_every_default_and_exits_well(capsys, stage):
-    with pytest.raises(SystemExit) as stop:
-        STAGES[stage].main(["--help"])
-    text = capsys.readouterr().out
-    defaults = "".join(text[text.index("default values, of --recipe digits: "):].split())                # however wrapped
-    assert not stop.value.code and "--sigma" in text
-    for key, value in (STAGES[stage].DEFAULTS | STAGES[stage].RECIPES["digits"]).items():
-        assert f"{key.replace('_', '-')}{value}".replace(" ", "") in defaults
-
-
-def test_a_run_directory_that_cannot_be_made_is_one_line(capsys):
-    assert "text.pt" in refused("pretrain", ["--device", "cpu", "--out", "text.pt/run"], capsys, status=(1, 2))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_named(capsys):
-    assert "cuda device" in refused("pretrain", ["--device", "cuda", "--out", "run"], capsys).lower()
+@pytest.mark.parametrize("arguments, named", REPORTS.values(), ids=REPORTS)
+def test_a_report_refuses(refused, arguments, named):
+    assert named in refused("certify", arguments)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("limits, good, bad", [
-    (dict(), ["0", "-2.5"], ["nan", "inf", "-inf", "1e400"]),
-    (dict(least=0), ["0", "2.5", "1e9"], ["-0.1", "nan", "inf", "-inf"]),
-    (dict(above=0, below=1), ["0.5", "1e-300"], ["0", "1", "-1", "nan"]),
-    (dict(least=0, below=1), ["0", "0.999"], ["1", "-1e-9"])])
-def test_numbers_keep_within_their_limits(stage, limits, good, bad):
-    convert = STAGES[stage].number(float, **limits)
-    assert [convert(text) for text in good] == [float(text) for text in good]
-    for text in bad:
-        with pytest.raises(ArgumentTypeError, match="must be") as error:
-            convert(text)
-        assert text in str(error.value)
+def test_a_run_directory_that_cannot_be_made_is_named(refused, stage):
+    argv = [*GOOD[stage], "--device", "cpu", "--out", "text.pt/run"]
+    assert "text.pt" in refused(stage, argv, status=1)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind, status", [("ValueError", 2), ("FileNotFoundError", 2), ("RunError", 1), ("OSError", 1)])
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_missing_accelerator_is_named(refused, stage, device):
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found and found.type == device:
+        pytest.skip("there is one")
+    assert f"--device {device}" in refused(stage, [*GOOD[stage], "--device", device])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_empty_word_is_the_default(stage):
+    """--out "$R" without R must not write into the root directory."""
+    plain = STAGES[stage].parse(GOOD[stage])
+    assert STAGES[stage].parse([*GOOD[stage], "--out", ""]) == plain
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("kind, status", [
+    (ValueError, 2), (FileNotFoundError, 2), (OSError, 1), (PermissionError, 1),
+    (FloatingPointError, 1)])
 def test_errors_of_several_lines_become_one(capsys, stage, kind, status):
-    """Wrong use is status 2, what breaks later 1; of a data worker's error, which holds its traceback, the last line counts."""
-    module = STAGES[stage]
-    error = getattr(module, kind, None) or getattr(builtins, kind)
-    with pytest.raises(SystemExit) as stop, module.one_line_errors():
-        raise error(f"Caught {kind} in worker 0.\nTraceback:\n  x = 1\n{stage}.RunError: last")
-    assert stop.value.code == status and capsys.readouterr().err == f"{stage}.py: error: last\n"
+    """Wrong use is status 2, what breaks later 1; of a data worker's error the last line counts."""
+    with pytest.raises(SystemExit) as stop, STAGES[stage].one_line_errors():
+        raise kind(f"Caught {kind} in worker 0.\nTraceback:\n  x = 1\nthe last line")
+    assert stop.value.code == status
+    assert capsys.readouterr().err == f"{stage}.py: error: the last line\n"
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_errors_of_ours_are_not_hidden(stage):
-    """A mistake in the program itself keeps its traceback."""
-    with pytest.raises(ZeroDivisionError), STAGES[stage].one_line_errors():
-        raise ZeroDivisionError("3")
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, TypeError, AssertionError])
+def test_mistakes_of_the_program_itself_keep_their_traceback(stage, kind):
+    with pytest.raises(kind), STAGES[stage].one_line_errors():
+        raise kind("3")
+
+
+PLUG_ERRORS = {
+    "import": "raise ValueError('mine')\n",
+    "call": "def plug(*arguments, **more):\n    raise ValueError('mine')\n",
+    "line": "def plug(*arguments, **more):\n    return arguments[0].gone\n",
+}
+
+
+@pytest.mark.parametrize("content", PLUG_ERRORS.values(), ids=PLUG_ERRORS)
+@pytest.mark.parametrize("stage, flag", [("finetune", "--objective"), ("certify", "--classifier")])
+def test_an_error_in_a_users_own_file_keeps_its_traceback(tmp_path, stage, flag, content):
+    (tmp_path / "mine.py").write_text(content)
+    argv = GOOD[stage][:2] + (SCRATCH if stage == "finetune" else [])
+    argv += [flag, f"{tmp_path}/mine.py:plug", "--device", "cpu", "--out", str(tmp_path / "run")]
+    with pytest.raises((ValueError, AttributeError), match="mine|gone") as error:
+        STAGES[stage].main(argv)
+    (note,) = error.value.__notes__
+    assert note.startswith(f"{stage}.py: error: in ") and "mine.py" in note
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands: torchrun's parser, and those that are written down
+# --------------------------------------------------------------------------------------------------
+
+
+def torchrun_settings(*line):
+    return vars(get_args_parser().parse_args(["--nproc_per_node=2", "script.py", *line]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_torchrun_leaves_every_flag_alone(stage):
+    """But for --n, --n0 and --max, which it may take for its own: their other names pass."""
+    known = {"n": "--N", "n0": "--N0", "max": "--limit"}
+    for name in flags_of(STAGES[stage]):
+        given = [known.get(name, dashed(name)), "1"]
+        assert torchrun_settings(*given) == torchrun_settings() | {"training_script_args": given}
+    if stage == "certify":
+        line = [*GOOD["certify"], "--N", "300", "--N0", "20", "--limit", "7"]
+        args, _ = certify.parse(line)
+        assert (args.n, args.n0, args.max) == (300, 20, 7)
+
+
+RUN = re.compile(r"(?:^|[\s`(])(?P<launcher>python3?|torchrun(?:\s+-\S+)*)\s+"
+                 r"(?P<script>-m extras\.\w+|[\w./-]+\.py)\b(?P<rest>[^;|&`#)]*)")
+PLACES = ["README.md", "extras/README.md", *(f"{stage}.py" for stage in STAGES),
+          *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "extras").glob("*.py"))]
+
+
+def commands(place):
+    """[(launcher, script, arguments), ...] written in a file, values in place of $VARIABLES."""
+    text = (ROOT / place).read_text()
+    if place.endswith(".py"):
+        text = inspect.cleandoc(re.match(r'"""(.*?)"""', text, re.DOTALL)[1]).replace("\\\\", "\\")
+    text = text.replace("\\\n", " ")
+    loops = re.findall(r"for (\w+) in ([^\s;]+)", text)
+    values = dict([*re.findall(r"^(\w+)=(\S+)", text, re.MULTILINE), *loops])
+    found = []
+    for line in text.splitlines():
+        line = re.sub(r"\$\{?(\w+)\}?", lambda name: values.get(name[1], "1"), line)
+        for run in RUN.finditer(line):
+            script = re.sub(r"-m extras\.(\w+)", r"extras/\1.py", run["script"])
+            found.append((run["launcher"].split(), script, shlex.split(run["rest"])))
+    return found
+
+
+@pytest.fixture
+def as_if_trained(tmp_path, monkeypatch):
+    """parse(stage, argv), in a folder where every checkpoint that it names seems to be."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(ROOT / "extras", "extras")
+    Path("mine.py").write_text("import torch\nf = torch.nn.Linear(3, 3)\n")
+
+    def parse(stage, argv):
+        recipe = argv[argv.index("--recipe") + 1] if "--recipe" in argv else "digits"
+        settings = vars(pretrain.parse(["--recipe", recipe]))
+        data = settings | {"image_size": settings["size"]}
+        checkpoint = dict(kind="pretrain", data=data, settings=settings, sigma=0.25)
+        monkeypatch.setattr(finetune, "read_checkpoint", lambda *_: checkpoint)
+        monkeypatch.setattr(certify, "read_classifier", lambda *_: checkpoint)
+        monkeypatch.setattr(finetune, "Path", lambda *path: types.SimpleNamespace(
+            exists=lambda: True, is_file=Path(*path).is_file, stem=Path(*path).stem,
+            resolve=Path(*path).resolve, read_bytes=Path(*path).read_bytes))
+        return STAGES[stage].parse(argv)
+
+    return parse
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_written_commands_are_accepted(place, as_if_trained):
+    found = commands(place)
+    assert len(found) >= {"README.md": 10, "extras/README.md": 5}.get(place, 1), found
+    for launcher, script, argv in found:
+        assert (ROOT / script).is_file() or script == "mine.py", script
+        if launcher[0] == "torchrun":
+            args = get_args_parser().parse_args([*launcher[1:], script, *argv])
+            assert args.training_script == script and args.training_script_args == argv
+        if Path(script).stem in STAGES:
+            as_if_trained(Path(script).stem, argv)

@@ -1,16 +1,17 @@
-"""Two certification logs on the same images, image by image: is the one's mean radius the larger, and by how much?
+"""Two certification logs, image by image: is the one's mean radius the larger, and by how much?
 
     python results/fashion-mnist/compare.py A.tsv B.tsv
     python results/fashion-mnist/compare.py A.tsv B.tsv --bound two-sided
 
-An image that is classified wrongly or not at all has the radius 0, so that the mean radius is the ACR. Both networks
-have the same images: the standard error is that of the mean of the differences. It covers the choice of the test
-images, not that of the training seed.
+An image that is classified wrongly or not at all has the radius 0, so that the mean radius is the
+ACR. Both networks have the same images: the standard error is that of the mean of the differences.
+It covers the choice of the test images, not that of the training seed.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -21,22 +22,36 @@ import certify
 RADII = [i / 4 for i in range(17)]
 
 
-def by_image(rows_a, rows_b, bound="one-sided"):
-    """(rows of A, rows of B, radii of A - radii of B) on the images that both have, in their order.
+def curve_of(rows, bound="one-sided", name=""):
+    """Rows of certify.read_log() as a curve of certify.table(), and `radius` (images,) in order."""
+    column = bound.replace("-", "_")
+    if column in rows.dtype.names:
+        radius, predict = rows[column], np.where(rows[column] >= 0, rows["top"], certify.ABSTAIN)
+    elif bound == "one-sided":
+        radius, predict = rows["radius"], rows["predict"]
+    else:
+        raise ValueError("a log without counts of other classes has the one-sided radius only")
+    right = (predict == rows["label"]) & (predict != certify.ABSTAIN)
+    return SimpleNamespace(
+        name=name,
+        bound=bound,
+        sigma=rows["sigma"][0] if "sigma" in rows.dtype.names else np.nan,
+        images=len(rows),
+        radius=np.where(right, radius, 0),
+        radii=np.sort(radius[right]),
+        acr=np.where(right, radius, 0).mean(),
+        abstained=(predict == certify.ABSTAIN).mean(),
+    )
 
-    rows_a and rows_b are as certify.read_rows() returns them.
-    """
-    for rows in (rows_a, rows_b):
-        there = bound == "one-sided" or all("two_sided" in row for row in rows)
-        certify.require(there, "a log without counts of other classes has the one-sided radius only")
-    a = {row["idx"]: certify.by_bound(row, bound) for row in rows_a}
-    b = {row["idx"]: certify.by_bound(row, bound) for row in rows_b}
-    common = sorted(a.keys() & b.keys())
-    certify.require(len(common) > 1, "the logs have fewer than two images in common")
-    certify.require(all(a[i]["label"] == b[i]["label"] for i in common), "the logs are of different data sets")
-    a, b = ([rows[i] for i in common] for rows in (a, b))
-    radii_a, radii_b = (np.array([row["radius"] * row["correct"] for row in rows]) for rows in (a, b))
-    return a, b, radii_a - radii_b
+
+def common_rows(rows_a, rows_b):
+    """The rows of two logs on the images that both have, in the images' order."""
+    _, a, b = np.intersect1d(rows_a["idx"], rows_b["idx"], return_indices=True)
+    if len(a) < 2:
+        raise ValueError("the logs have fewer than two images in common")
+    if (rows_a["label"][a] != rows_b["label"][b]).any():
+        raise ValueError("the logs are of different data sets")
+    return rows_a[a], rows_b[b]
 
 
 def standard_error(differences):
@@ -45,28 +60,30 @@ def standard_error(differences):
 
 
 def paired(rows_a, rows_b, bound="one-sided"):
-    """(mean of the differences of radii A - B, its standard error, images, Summary of A, Summary of B)."""
-    a, b, difference = by_image(rows_a, rows_b, bound)
-    summaries = [certify.Summary(rows, bound, name) for name, rows in (("A", a), ("B", b))]
-    return difference.mean(), standard_error(difference), len(difference), *summaries
+    """(radii of A - radii of B, curve of A, curve of B) on the images that both have."""
+    a, b = common_rows(rows_a, rows_b)
+    curves = curve_of(a, bound, "A"), curve_of(b, bound, "B")
+    return curves[0].radius - curves[1].radius, *curves
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("a", metavar="A.tsv")
     parser.add_argument("b", metavar="B.tsv")
     parser.add_argument("--bound", choices=certify.BOUNDS, default="one-sided")
     args = parser.parse_args(argv)
     with certify.one_line_errors():
-        rows_a, rows_b = certify.read_rows(args.a), certify.read_rows(args.b)
-        mean, error, images, a, b = paired(rows_a, rows_b, args.bound)
+        rows_a, rows_b = certify.read_log(args.a), certify.read_log(args.b)
+        difference, a, b = paired(rows_a, rows_b, args.bound)
         print(f"A: {args.a}\nB: {args.b}\nbound: {args.bound}")
-        print(f"radius of A - radius of B: mean {mean:+.4f}, standard error {error:.4f}, {images} images")
-        left_out = len(rows_a) + len(rows_b) - 2 * images
+        print(f"radius of A - radius of B: mean {difference.mean():+.4f}, "
+              f"standard error {standard_error(difference):.4f}, {len(difference)} images")
+        left_out = len(rows_a) + len(rows_b) - 2 * len(difference)
         if left_out:
             print(f"{left_out} rows are left out: their images are in one of the logs only")
-        radii = [r for r in RADII if r == 0 or a.right(r) or b.right(r)]
-        print(certify.table([a, b], radii))
+        largest = max(0, *a.radii, *b.radii)
+        print(certify.table([a, b], [r for r in RADII if r <= largest]))
 
 
 if __name__ == "__main__":

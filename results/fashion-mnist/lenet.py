@@ -1,21 +1,23 @@
-"""LeNet, the network of the randomized smoothing literature on MNIST, trained with finetune.py's objectives.
+"""LeNet, the network of the randomized smoothing literature on MNIST, by finetune.py's objectives.
 
-    python results/fashion-mnist/lenet.py --sigma 0.5 --objective gaussian --out runs/lenet/gaussian-0.5
-    python results/fashion-mnist/lenet.py --sigma 0.5 --objective smoothmix --epochs 90 --seed 1 --out runs/lenet/smoothmix-0.5
-    LENET=runs/lenet/gaussian-0.5/lenet.pt python certify.py --sigma 0.5 --recipe fashion --data-path data \\
-        --classifier results/fashion-mnist/lenet.py:classifier --out runs/lenet/gaussian-0.5
+    python results/fashion-mnist/lenet.py --sigma 0.5 --objective gaussian --out runs/lenet/gaussian
+    python results/fashion-mnist/lenet.py --sigma 0.5 --out runs/lenet/smoothmix --epochs 90 \\
+        --objective extras/smoothmix.py:smoothmix --objective-args copies=4 step=1.0 eta=1.0
+    LENET=runs/lenet/gaussian/lenet.pt python certify.py --sigma 0.5 --recipe fashion \\
+        --classifier results/fashion-mnist/lenet.py:classifier --out runs/lenet/gaussian
 
-Data, held-out images, augmentation, batch, order of the images and noise are those of `finetune.py --recipe
-fashion`, and so are the objectives with all their hyperparameters. Its flags are taken here, too, but for
-those of its network and its schedule. Network and optimizer are the literature's: SGD with momentum 0.9, weight
-decay 1e-4, learning rate 0.01, a tenth of it from a third of the epochs on, a hundredth from two thirds on.
+Data, held-out images, augmentation, batch, order of the images and noise are those of `finetune.py
+--recipe fashion`, and so are the objectives: they are functions of any f(x, noise). finetune.py's
+flags are taken here, too, but for those of its network and its schedule. Network and optimizer are
+the literature's: SGD with momentum 0.9, weight decay 1e-4, learning rate 0.01, a tenth of it from a
+third of the epochs on, a hundredth from two thirds on.
 
-The last epoch's weights become OUT/lenet.pt. Killed at any moment, the same command goes on from the last epoch.
-Give each network an --out of its own: certify.py refuses to go on with other weights.
+The last epoch's weights become OUT/lenet.pt. Killed at any moment, the same command goes on from
+the last epoch. Give each network an --out of its own: certify.py refuses to go on with other
+weights.
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -26,14 +28,17 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import certify
 import finetune
 
-RECIPE = ["--recipe", "fashion", "--init", "scratch", "--dtype", "fp32", "--epochs", "30", "--base-lr", "0.01",
-          "--weight-decay", "1e-4"]
+RECIPE = ["--recipe", "fashion", "--init", "scratch", "--dtype", "fp32", "--epochs", "30",
+          "--base-lr", "0.01", "--weight-decay", "1e-4"]
 NOT_TAKEN = {                              # flags of finetune.py that mean nothing here
-    "init", "image_size", "normalisation", "model", "model_size", "drop_path", "layer_decay", "linear_probe",
-    "min_lr", "warmup_epochs", "vote_every", "log_every", "save_every", "compile", "recompute", "dry_run", "export",
+    "init", "size", "normalisation", "model", "drop_path", "layer_decay", "linear_probe", "min_lr",
+    "warmup_epochs", "clip_grad", "save_every", "compile", "device_batch", "workers",
 }
+TAKEN = {name: about for name, about in (finetune.FLAGS | finetune.RUN_FLAGS).items()
+         if name not in NOT_TAKEN}
 
 
 class LeNet(nn.Sequential):
@@ -59,43 +64,33 @@ class LeNet(nn.Sequential):
 
 
 def read(file):
-    """The network of a file lenet.pt."""
+    """The network of a file lenet.pt, in eval mode."""
     weights = torch.load(file, map_location="cpu", weights_only=True)["model"]
     network = LeNet(classes=len(weights["9.bias"]))
     network.load_state_dict(weights)
-    return network
+    return network.eval()
 
 
-# certify.py moves to its device the networks that exist when this file has been imported.
 NETWORK = read(os.environ["LENET"]) if __name__ != "__main__" and "LENET" in os.environ else None
 
 
-def classifier(x):
+def classifier(z):
     """For certify.py --classifier: the network that the environment variable LENET named."""
-    finetune.require(NETWORK is not None, "the environment variable LENET names no lenet.pt")
-    return NETWORK(x)
+    if NETWORK is None:
+        certify.refuse("the environment variable LENET names no lenet.pt")
+    return NETWORK.to(z.device)(z)
 
 
 def parse(argv):
     """finetune.py's settings for this run, and those of them that mean something here."""
-    given = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv
-             if word.startswith("--")}
-    refused = sorted(given & NOT_TAKEN)
-    finetune.require(not refused, f"LeNet does not take {', '.join(refused)}")
+    finetune.read_flags(__doc__, TAKEN, argv)
     args = finetune.parse([*RECIPE, *argv])
-    return args, {key: value for key, value in vars(args).items() if key not in NOT_TAKEN}
+    return args, {name: getattr(args, name) for name in [*TAKEN, "objective_sha256"]}
 
 
 def rate_at(step, steps, peak):
     """The learning rate: a tenth of it from each third of the steps to the next."""
     return peak * 0.1 ** (3 * step // steps)
-
-
-def save(path, network, settings, log, **more):
-    """Write the weights and how they came about; the log's last row has the seconds and the held-out accuracy."""
-    content = dict(model=finetune.copy_of_weights(network), settings=settings, log=log, seconds=log[-1]["seconds"],
-                   held_out=log[-1]["noisy"], **more)
-    finetune.write_atomically(path, lambda temporary: torch.save(content, temporary))
 
 
 def resume(last, network, optimizer):
@@ -105,69 +100,71 @@ def resume(last, network, optimizer):
     state = torch.load(last, map_location="cpu", weights_only=True)
     network.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"continuing {last} after epoch {state['log'][-1]['epoch']:g}")
+    print(f"continuing {last} after epoch {state['log'][-1]['epoch']}")
     return state["log"]
 
 
 def train(args, settings):
     """Train LeNet and write OUT/lenet.pt."""
-    rank, world, device = finetune.start_processes(args.device)
-    finetune.require(world == 1, "LeNet is trained by one process")
-    finetune.use_deterministic_kernels(args.deterministic)
-    settings["dtype"] = args.dtype = finetune.pick_dtype(
-        args.dtype, device, finetune.read_settings(f"{args.out}/lenet", args.overwrite),
-    )
+    if finetune.WORLD > 1:
+        finetune.refuse("LeNet is trained by one process")
+    device, args.dtype = finetune.pick_device(args.device, args.dtype)
+    settings["dtype"] = args.dtype
+    objective = finetune.open_objective(args.objective)
 
-    images = finetune.open_images(args.dataset, args.data_path, True, 28, 1)
-    finetune.keep_small_images(images, device)
-    index, held_out = finetune.hold_out(images, args.holdout)
-    if args.labels_per_class:
-        index = finetune.few_labels(index, images.labels, len(images.classes), args.labels_per_class, args.seed)
+    # Data: as finetune.py has them.
+    images, _, index, held_out = finetune.open_data(args, device)
     augment = finetune.make_augment(args.augment, images, args.erasing)
     mix = finetune.make_mix(args.mixup, args.cutmix, len(images.classes))
-    steps_per_epoch, steps, _ = finetune.count_steps(args, len(index))
-    device_batch, micro_batches = finetune.share_batch(args.batch, world, args.device_batch)
+    _, _, steps = finetune.plan(args.batch, args.batch, len(index))        # of an epoch
 
+    # The network as the f that objectives take, and its optimizer.
     torch.manual_seed(args.seed)
     network = LeNet(len(images.classes)).to(device)
+    f = finetune.noisy_logits(network, args.dtype)
     peak = args.base_lr * args.batch / 256
-    optimizer = torch.optim.SGD(network.parameters(), lr=peak, momentum=0.9, weight_decay=args.weight_decay)
+    decay = args.weight_decay
+    optimizer = torch.optim.SGD(network.parameters(), lr=peak, momentum=0.9, weight_decay=decay)
 
     stem = f"{args.out}/lenet"
     last, result = Path(f"{stem}.last.pt"), Path(f"{stem}.pt")
-    with finetune.run_directory(stem, settings, finetune.MAY_CHANGE, result, args.overwrite):
+    with finetune.run_directory(stem, settings):
         if result.exists():
-            print(f"{result} is done; --out elsewhere, or --overwrite to do it again")
+            print(f"{result} is done; use another --out to do it again")
             return
         log = resume(last, network, optimizer)
-        done = log[-1]["step"] if log else 0
         seconds = log[-1]["seconds"] if log else 0.0
-        positions = finetune.training_positions(index, args.batch, device_batch, done, steps, args.seed, rank, world)
-        batches = finetune.load_batches(images, positions, device, augment, args.seed)
-        while done < steps:
-            end = min(done + steps_per_epoch, steps)
+        for epoch in range(len(log), args.epochs):
+            order = finetune.micro_batches(index, args.batch, args.batch, epoch, args.seed)
+            batches = finetune.load_batches(images, order, device, augment, args.seed, epoch)
             began = time.perf_counter()
             total = 0.0
-            for step in range(done, end):
-                optimizer.param_groups[0]["lr"] = rate_at(step, steps, peak)
-                epoch = step / steps_per_epoch
-                loss, _ = finetune.train_step(
-                    network, optimizer, batches, mix, images.levels, micro_batches, args, step, epoch, rank,
-                )
-                total += loss
-            loss = float(total) / (end - done)                         # waits for the device
+            for step, (x, labels) in enumerate(batches, epoch * steps):    # B 1 28 28, B
+                optimizer.param_groups[0]["lr"] = rate_at(step, args.epochs * steps, peak)
+                torch.manual_seed(finetune.seed_of(args.seed, step, 0, 0))
+                x, targets = mix(x, labels)                                # B 1 28 28, B classes
+                when = (step / steps, args.epochs)
+                loss = objective(f, x, targets, args.sigma, *when, **args.objective_args)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                total += loss.detach()
+            loss = finetune.mean_loss(total, epoch + 1) / steps            # waits for the device
             seconds += time.perf_counter() - began
-            if not math.isfinite(loss):
-                raise finetune.RunError(f"loss {loss} at step {end}: stopped")
-            done = end
-            found = finetune.measure(network, images, held_out, False, args, rank, world, device)
-            log.append(dict(step=done, epoch=round(done / steps_per_epoch, 4), loss=loss, seconds=round(seconds, 2),
-                            clean=found["clean"], noisy=found["noisy"]))
+
+            clean, noisy = (
+                finetune.accuracy(network, images, held_out, sigma, 1, args, device)
+                for sigma in (0.0, args.sigma)
+            )
+            row = dict(step=(epoch + 1) * steps, epoch=epoch + 1, loss=loss)
+            log.append(row | dict(seconds=round(seconds, 2), clean=clean, noisy=noisy))
             print("  ".join(f"{key} {value:.4g}" for key, value in log[-1].items()), flush=True)
-            save(last, network, settings, log, optimizer=optimizer.state_dict())
+            rest = dict(optimizer=optimizer.state_dict(), log=log)
+            finetune.save(last, network.state_dict(), **rest)
+
         rows = "".join(f"{json.dumps(row)}\n" for row in log)
-        finetune.write_atomically(f"{stem}.jsonl", lambda path: path.write_text(rows))
-        save(result, network, settings, log)
+        finetune.write(f"{stem}.jsonl", lambda file: file.write(rows.encode()))
+        finetune.save(result, network.state_dict(), settings=settings, log=log)
         last.unlink()
         print(f"wrote {result} after {seconds:.0f} s of training")
 
