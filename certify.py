@@ -288,7 +288,9 @@ def certify(
     so has sigma. classifier: any callable from (B, C, H, W) to logits (B, classes), in eval mode.
     With probability at least 1 - alpha over the noise, g answers `prediction` wherever |d|_2 <
     radius. The noise's stream is that of (seed, index): GIVE EVERY IMAGE AN INDEX OF ITS OWN, or
-    all share one noise and their certificates fail together. bound: "one-sided" (p_b = 1 - p_a, as
+    all share one noise and their certificates fail together. Nor may the image depend on the noise:
+    who knows the seed can search for images that are certified falsely (of 6,000 points two were).
+    Who serves certificates draws a fresh, secret seed. bound: "one-sided" (p_b = 1 - p_a, as
     published) or "two-sided" (p_b from the rivals' counts). (notebook 02, (2.5))
     """
     if bound not in BOUNDS:
@@ -506,10 +508,7 @@ def read_log(path):
 
 
 def read_curve(path, bound="one-sided", name=""):
-    """A log as a report takes it: right is who predicts the label (`correct` is not read).
-
-    Some published scripts write a running count there. (notebook 05, (5.2))
-    """
+    """The curve_of() a log of one sigma, which is in its rows or in its path."""
     rows = read_log(path)
     if "sigma" in rows.dtype.names:
         sigmas = {*rows["sigma"].tolist()}
@@ -519,19 +518,29 @@ def read_curve(path, bound="one-sided", name=""):
     if len(sigmas) != 1 or not min(sigmas) > 0:
         refuse(f"{path} must have one sigma, in its rows or its path (sigma_0.25); it has "
                f"{len(sigmas)}")
+    if bound != "one-sided" and "two_sided" not in rows.dtype.names:
+        refuse(f"{path} has no counts of other classes: its radii are one-sided")
+    return curve_of(rows, sigmas.pop(), bound, name)
+
+
+def curve_of(rows, sigma, bound="one-sided", name=""):
+    """Rows of read_log() as a report takes them: right is who predicts the label.
+
+    (`correct` is not read: some published scripts write a running count there.)
+    (notebook 05, (5.2))
+    """
     predict, radius = rows["predict"], rows["radius"]
     column = bound.replace("-", "_")
     if column in rows.dtype.names:
         predict = np.where(rows[column] >= 0, rows["top"], ABSTAIN)
         radius = np.maximum(rows[column], 0)
-    elif bound != "one-sided":
-        refuse(f"{path} has no counts of other classes: its radii are one-sided")
     right = (predict == rows["label"]) & (predict != ABSTAIN)
     return SimpleNamespace(
         name=name,
         bound=bound,
-        sigma=sigmas.pop(),
+        sigma=sigma,
         images=len(rows),
+        radius=np.where(right, radius, 0),                     # in the order of the rows
         radii=np.sort(radius[right]),                          # of the images that are right
         acr=radius[right].sum() / len(rows),                   # average certified radius
         abstained=(predict == ABSTAIN).mean(),
@@ -729,11 +738,12 @@ def finished_rows(result):
     return rows
 
 
-def certify_part(part, trials, test, args):
+def certify_part(part, trials, test, lock, args):
     """Append a row to the file `part` for each of the trials of certify_all()."""
-    if part.exists():
-        whole = part.read_bytes().rpartition(b"\n")
-        os.truncate(part, len(whole[0] + whole[1]))            # what follows is a torn row
+    with lock:                                                 # others may be merging
+        if part.exists():
+            whole = part.read_bytes().rpartition(b"\n")
+            os.truncate(part, len(whole[0] + whole[1]))        # what follows is a torn row
     with open(part, "a") as file:
         for index, *trial in trials:
             label = int(test.labels[index])                    # seen here first: all else is final
@@ -772,7 +782,8 @@ def open_for_certification(args, checkpoint):
     x = test.items[0][0].to(device) / test.white                             # C H W
     generator = generator_for(args.seed, 0, 3, device)
     logits = check_function(f, x, args.sigma, args.batch, generator, args.dtype)
-    args.fingerprint = [[float(f"{z:.6g}") for z in row] for row in logits[:8, :10].tolist()]
+    seen = torch.cat([logits[:8], logits.mean(dim=0, keepdim=True)])[:, :10]
+    args.fingerprint = [[float(f"{z:.6g}") for z in row] for row in seen.tolist()]
 
     # Another order of classes would give wrong rows, silently: so it is printed.
     classes = test.classes
@@ -827,7 +838,7 @@ def certify_dataset(args, checkpoint):
         name = f"{job}-{jobs}-{RANK}-{WORLD}"
         try:
             with filelock.FileLock(f"{lock_file}{name}", blocking=False):
-                certify_part(Path(f"{result}.part{name}"), bar, test, args)
+                certify_part(Path(f"{result}.part{name}"), bar, test, lock, args)
         except filelock.Timeout:
             refuse(f"{result}.part{name} is in use by another process")
     merge(result, chosen, lock, args)
@@ -896,7 +907,7 @@ def sha256(file):
 RANK = int(os.environ.get("RANK", 0))                          # of this process, of WORLD of them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine
-SHARES = ("mask_ratio", "erasing", "drop_path", "alpha")       # flags whose values are below 1
+BELOW = dict(mask_ratio=1, erasing=1, drop_path=1, alpha=1, seed=2**32)          # limits of flags
 OTHER_NAMES = {"n": ["--N"], "n0": ["--N0"], "max": ["--limit"]}       # that torchrun leaves alone
 
 
@@ -958,7 +969,7 @@ def read_flags(doc, flags, argv):
 
     given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x != ""}
     for name, value in given.items():
-        text, limit = flags[name][1], 1 if name in SHARES else math.inf
+        text, limit = flags[name][1], BELOW.get(name, math.inf)
         values = value if isinstance(value, list) else [value]
         for number in [x for x in values if type(x) in (int, float)]:
             if not 0 <= number < limit or (number == 0 and "0:" not in text):
@@ -992,8 +1003,11 @@ def say(*words):
 
 def write(path, save):
     """save(temporary file), then rename: after a kill there is the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        save(file)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            save(file)
+    except RuntimeError as error:                              # what torch makes of a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     os.replace(f"{path}.tmp", path)
 
 
@@ -1078,8 +1092,8 @@ def open_images(dataset, data_path, train, size, channels, device):
             with filelock.FileLock(f"{data_path}/.{dataset}.lock"):              # one downloads
                 part = source(data_path, train, download=True)
         except (RuntimeError, OSError, EOFError) as error:
-            refuse(f"{data_path} lacks {dataset}, or has a part of it; download it elsewhere, and "
-                   f"bring the folder, since that failed here: {' '.join(str(error).split())}")
+            refuse(f"{data_path} lacks {dataset}, or has a part of it (delete that); download it "
+                   f"elsewhere, since that failed here: {' '.join(str(error).split())}")
         pixels, labels, classes = torch.as_tensor(part.data), part.targets, part.classes
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(3, 1).contiguous()
 

@@ -464,15 +464,21 @@ def read_checkpoint(path, kind=None):
     if "patch_embed.proj.weight" not in state:
         raise ValueError(f"{path} holds no vision transformer (cls_token, patch_embed.proj.weight, "
                          f"blocks.0.norm1.weight, ...), but {found}")
+    if "dist_token" in state:
+        raise ValueError(f"{path} is a distilled DeiT, which has a token and a head more: take a "
+                         "plain one, or give certify.py a --classifier that builds it")
     ours = {"config", "data", "settings"} <= content.keys()
     if kind and not (ours and content.get("kind") == kind):
-        raise ValueError(f"{path} is not a checkpoint of {kind}.py")
+        raise ValueError(f"{path} is not a checkpoint of {kind}.py (others' classifiers: vit = "
+                         "build_vit(...); load_encoder(vit, FILE) in a file for --classifier)")
     rest = content if entries else {}
     return rest | {"model": state}
 
 
 def read_file(path):
     """What torch.save or safetensors put into a file, as a dict."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: name the file in it")
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     # The published files hold an argparse.Namespace of settings; it is read as a plain record.
@@ -491,15 +497,14 @@ def read_file(path):
 
 
 def is_state_dict(state):
-    """Whether this is a non-empty dict of tensors."""
-    if not isinstance(state, dict) or not state:
-        return False
-    return all(isinstance(value, torch.Tensor) for value in state.values())
+    """Whether this is a dict with tensors in it."""
+    return isinstance(state, dict) and any(isinstance(w, torch.Tensor) for w in state.values())
 
 
 def our_names(state):
     """A state dict under our names: without wrappers' prefixes, Hugging Face's names translated."""
-    state = {name: value for name, value in state.items() if name != "n_averaged"}
+    state = {name: w for name, w in state.items() if isinstance(w, torch.Tensor)}
+    state.pop("n_averaged", None)                              # AveragedModel's counter
     while len({name.partition(".")[0] for name in state}) == 1 and all("." in n for n in state):
         state = {name.partition(".")[2]: value for name, value in state.items()}
 

@@ -582,7 +582,7 @@ def finish(stem, weights, started, **rest):
 RANK = int(os.environ.get("RANK", 0))                          # of this process, of WORLD of them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine
-SHARES = ("mask_ratio", "erasing", "drop_path", "alpha")       # flags whose values are below 1
+BELOW = dict(mask_ratio=1, erasing=1, drop_path=1, alpha=1, seed=2**32)          # limits of flags
 OTHER_NAMES = {"n": ["--N"], "n0": ["--N0"], "max": ["--limit"]}       # that torchrun leaves alone
 
 
@@ -644,7 +644,7 @@ def read_flags(doc, flags, argv):
 
     given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x != ""}
     for name, value in given.items():
-        text, limit = flags[name][1], 1 if name in SHARES else math.inf
+        text, limit = flags[name][1], BELOW.get(name, math.inf)
         values = value if isinstance(value, list) else [value]
         for number in [x for x in values if type(x) in (int, float)]:
             if not 0 <= number < limit or (number == 0 and "0:" not in text):
@@ -678,8 +678,11 @@ def say(*words):
 
 def write(path, save):
     """save(temporary file), then rename: after a kill there is the old file or the new one."""
-    with open(f"{path}.tmp", "wb") as file:
-        save(file)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            save(file)
+    except RuntimeError as error:                              # what torch makes of a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
     os.replace(f"{path}.tmp", path)
 
 
@@ -764,8 +767,8 @@ def open_images(dataset, data_path, train, size, channels, device):
             with filelock.FileLock(f"{data_path}/.{dataset}.lock"):              # one downloads
                 part = source(data_path, train, download=True)
         except (RuntimeError, OSError, EOFError) as error:
-            refuse(f"{data_path} lacks {dataset}, or has a part of it; download it elsewhere, and "
-                   f"bring the folder, since that failed here: {' '.join(str(error).split())}")
+            refuse(f"{data_path} lacks {dataset}, or has a part of it (delete that); download it "
+                   f"elsewhere, since that failed here: {' '.join(str(error).split())}")
         pixels, labels, classes = torch.as_tensor(part.data), part.targets, part.classes
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.movedim(3, 1).contiguous()
 

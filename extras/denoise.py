@@ -56,7 +56,10 @@ def open_networks():
     files = os.environ.get("CHECKPOINTS", "").split(":")
     if len(files) != 2:
         refuse("extras/denoise.py needs CHECKPOINTS=DENOISER.pt:CLASSIFIER.pt")
-    return open_denoiser(files[0]), rebuild(read_classifier(files[1]), files[1]).eval()
+    try:
+        return open_denoiser(files[0]), rebuild(read_classifier(files[1]), files[1]).eval()
+    except ValueError as error:
+        refuse(error)
 
 
 def denoised(z):

@@ -56,7 +56,10 @@ def open_networks():
     files = os.environ.get("CHECKPOINTS", "").split(":")
     if len(files) < 2:
         refuse("extras/ensemble.py needs CHECKPOINTS=a.pt:b.pt")
-    checkpoints = [read_classifier(file) for file in files]
+    try:
+        checkpoints = [read_classifier(file) for file in files]
+    except ValueError as error:
+        refuse(error)
     wanted = ("dataset", "image_size", "channels", "classes")
     if any(c["data"][key] != checkpoints[0]["data"][key] for c in checkpoints for key in wanted):
         refuse(f"{', '.join(files)} are for different data")

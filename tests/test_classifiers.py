@@ -13,7 +13,9 @@ import torch
 from sklearn.datasets import load_digits
 from test_certify import ROOT, noisy_copies
 
+import certify as c
 import finetune
+import pretrain
 from certify import (
     ABSTAIN,
     certify,
@@ -47,7 +49,6 @@ plain = lambda x: evaluated(x)
 pair = lambda x: (plain(x), "attention")
 listed = lambda x: [plain(x)]
 partial = functools.partial(plain)
-by_name = __import__("types").SimpleNamespace
 
 @dataclass
 class Output:
@@ -98,6 +99,8 @@ batch_norm_in_a_closure = closed(make(torch.nn.BatchNorm1d(64)))
 batch_statistics = lambda x: plain(x - x.mean(0))
 always_dropout = lambda x: plain(F.dropout(x, 0.1, training=True))
 neighbours = lambda x: plain(x) + 0.05 * plain(x.flip(0))
+sees_black = lambda x: plain(x) * (1 + (x.flatten(1).amax(1).amin() <= 0))
+sees_no_noise = lambda x: plain(x) * (1 + (x.flatten(1).amin(1).amax() > 0))
 calls = []
 def another_at_the_second_call(x):
     calls.append(1)
@@ -206,7 +209,7 @@ def test_logits_are_found_in_what_networks_return(run, name):
 
 @pytest.mark.parametrize("name", [
     "in_a_closure", "in_a_list", "batch_norm", "batch_norm_in_a_closure", "batch_statistics",
-    "always_dropout", "neighbours", "another_at_the_second_call"])
+    "always_dropout", "neighbours", "sees_black", "sees_no_noise", "another_at_the_second_call"])
 def test_what_depends_on_the_rest_of_the_batch_or_on_chance_is_refused(
         file, tmp_path, refused, name):
     error = refused(flags(f"{file}:{name}", tmp_path / "run"))
@@ -364,15 +367,14 @@ def test_fine_tunings_evaluation_refuses_logits_that_are_none():
 
 
 @pytest.mark.parametrize(("place", "words"), [
-    ("none.py:f", "no none.py"), ("mine.py", "no mine.py"), ("", "no "), (":f", "no :f"),
+    ("none.py:f", "no none.py"), ("mine.py", "no mine.py"), (":f", "no :f"),
     ("mine.py:", "no function ''"), ("mine.py:missing", "no function 'missing'"),
     ("mine.py:not_callable", "no function 'not_callable'"),
     ("mine.py:Holder", "is a class: name an instance of it")])
 def test_a_name_that_is_no_function_is_refused(
         file, tmp_path, refused, monkeypatch, place, words):
     monkeypatch.chdir(file.parent)
-    if place:
-        assert words in refused(flags(place, tmp_path / "run"))
+    assert words in refused(flags(place, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -410,8 +412,7 @@ def test_an_error_inside_f_keeps_its_traceback_and_names_the_data_set(tmp_path, 
     assert error.traceback[-1].path == tmp_path / "mine.py"
 
 
-def test_a_module_beside_the_file_is_found(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)                      # taken back after the test
+def test_a_module_beside_the_file_is_found(tmp_path):
     (tmp_path / "helper_of_mine.py").write_text("CLASS = 4\n")
     (tmp_path / "mine.py").write_text(
         "import torch\nfrom helper_of_mine import CLASS\n"
@@ -516,6 +517,17 @@ def test_half_precision_images_get_the_noise_of_single_precision(dtype):
     predict(watch, x, 0.5, 250)
     whole = noisy_copies(x.float(), generator_for(0, 0, 2, CPU), 250, 0.5).to(dtype)
     assert torch.equal(torch.cat(seen), whole) and seen[0].dtype == dtype
+
+
+def test_seeds_that_would_share_a_stream_are_refused(capsys, tmp_path):
+    """2^32 + s and s would be one seed of a 32-bit generator."""
+    for seed in (2**32, -1):
+        with pytest.raises(ValueError, match="seed"):
+            generator_for(seed, 0, 0, CPU)
+    for stage, more in ((pretrain, []), (finetune, ["--sigma", "1"]), (c, ["--sigma", "1"])):
+        with pytest.raises(SystemExit) as stop:
+            stage.main([*more, "--seed", str(2**32), "--out", str(tmp_path / "run")])
+        assert stop.value.code == 2 and "--seed" in capsys.readouterr().err
 
 
 def test_an_index_of_its_own_gives_an_image_its_own_noise():

@@ -102,6 +102,13 @@ def test_a_small_comparison_has_the_committed_rows_parts(compare, unmeasured, mo
     assert list(compare.compare()) == rows
 
 
+def test_the_table_of_all_sigmas_is_that_of_the_readme(capsys):
+    folder = ROOT / "results/digits"
+    files = sorted(map(str, folder.glob("certify_sigma_*.tsv")))
+    certify.main(["--report", *files])
+    assert capsys.readouterr().out in (folder / "README.md").read_text()
+
+
 def test_what_was_tried_is_accepted_and_is_not_tried_again(objectives, monkeypatch):
     for objective, variants in objectives.TRIED.items():
         for tried in variants:

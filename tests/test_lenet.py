@@ -224,17 +224,6 @@ def test_the_paired_comparison_is_numpys(compare, tmp_path, capsys):
         assert f"{of_a.mean():.3f}" in printed and f"{of_b.mean():.3f}" in printed
 
 
-@pytest.mark.parametrize("bound", certify.BOUNDS)
-def test_a_curve_of_rows_is_that_of_the_report(compare, bound):
-    for file in sorted(FOLDER.glob("*/*/certify_sigma_*.tsv")):
-        mine = compare.curve_of(certify.read_log(file), bound)
-        reports = certify.read_curve(file, bound)
-        assert np.array_equal(mine.radii, reports.radii) and mine.acr == pytest.approx(reports.acr)
-        assert (mine.sigma, mine.images, mine.abstained) == (
-            reports.sigma, reports.images, reports.abstained,
-        )
-
-
 @pytest.mark.parametrize(("label", "bound", "column", "said"), [
     (7, "one-sided", "", "different data sets"),
     (4, "two-sided", "two_sided", "one-sided radius only"),

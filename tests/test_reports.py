@@ -317,13 +317,6 @@ def test_a_report_draws_what_it_prints(two, tmp_path, capsys, monkeypatch):
     assert all(name in label for name, label in zip("AABB", labels, strict=True))
 
 
-@pytest.mark.parametrize("name", ["curve.unknown", "missing/curve.png"])
-def test_a_plot_that_cannot_be_written_is_one_line(two, tmp_path, capsys, name):
-    before = {*tmp_path.rglob("*")}
-    refused(capsys, *two, "--plot", tmp_path / name)
-    assert {*tmp_path.rglob("*")} == before
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_curves_stand_beside_the_published_figures(two, name, tmp_path, capsys, monkeypatch):
     axes, save = [], Figure.savefig

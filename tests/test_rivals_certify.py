@@ -171,11 +171,9 @@ def test_the_command_gives_the_rows_of_the_definition(three, command, tmp_path, 
     for name, found in expected.items():
         main(command(f"ensemble.py:{name}", three, tmp_path / name))
         assert rows(tmp_path / name / NAME) == found
-    for other in (three[:2], three[::-1]):
-        refused(command("ensemble.py:consensus", other, tmp_path / "consensus"), capsys,
+    for name, files in (("consensus", three[:2]), ("consensus", three[::-1]), ("mean", three)):
+        refused(command(f"ensemble.py:{name}", files, tmp_path / "consensus"), capsys,
                 "another classifier")
-    refused(command("ensemble.py:mean", three, tmp_path / "consensus"), capsys,
-            "another classifier")
 
 
 def test_ensembles_that_do_not_fit_are_one_line(three, command, tmp_path, capsys):

@@ -11,7 +11,6 @@ It covers the choice of the test images, not that of the training seed.
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -20,28 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import certify
 
 RADII = [i / 4 for i in range(17)]
-
-
-def curve_of(rows, bound="one-sided", name=""):
-    """Rows of certify.read_log() as a curve of certify.table(), and `radius` (images,) in order."""
-    column = bound.replace("-", "_")
-    if column in rows.dtype.names:
-        radius, predict = rows[column], np.where(rows[column] >= 0, rows["top"], certify.ABSTAIN)
-    elif bound == "one-sided":
-        radius, predict = rows["radius"], rows["predict"]
-    else:
-        raise ValueError("a log without counts of other classes has the one-sided radius only")
-    right = (predict == rows["label"]) & (predict != certify.ABSTAIN)
-    return SimpleNamespace(
-        name=name,
-        bound=bound,
-        sigma=rows["sigma"][0] if "sigma" in rows.dtype.names else np.nan,
-        images=len(rows),
-        radius=np.where(right, radius, 0),
-        radii=np.sort(radius[right]),
-        acr=np.where(right, radius, 0).mean(),
-        abstained=(predict == certify.ABSTAIN).mean(),
-    )
 
 
 def common_rows(rows_a, rows_b):
@@ -62,7 +39,12 @@ def standard_error(differences):
 def paired(rows_a, rows_b, bound="one-sided"):
     """(radii of A - radii of B, curve of A, curve of B) on the images that both have."""
     a, b = common_rows(rows_a, rows_b)
-    curves = curve_of(a, bound, "A"), curve_of(b, bound, "B")
+    if bound != "one-sided" and "two_sided" not in {*a.dtype.names} & {*b.dtype.names}:
+        raise ValueError("a log without counts of other classes has the one-sided radius only")
+    curves = []
+    for rows, name in ((a, "A"), (b, "B")):
+        sigma = rows["sigma"][0] if "sigma" in rows.dtype.names else np.nan
+        curves.append(certify.curve_of(rows, sigma, bound, name))
     return curves[0].radius - curves[1].radius, *curves
 
 
