@@ -212,7 +212,7 @@ plt.show()
 # certified radius (Zhai et al. 2020), is the area under the curve: integrate $\mathbb 1[R_i\ge r]$ over $r$ and get
 # $R_i$.
 #
-# Both are a few lines on the file that `certify.py` writes. The scripts have ACR in `read_curve`, and CA in
+# Both are a few lines on the file that `certify.py` writes. The scripts have ACR in `curve_of`, and CA in
 # `certified_accuracy`.
 
 # %%
@@ -245,7 +245,7 @@ for file, one in zip(files, summaries, strict=True):
     assert abs(area - one.acr) < 1e-4                                      # the integral in (5.2)
     q = excess(M, alpha)
     assert stats.binom.cdf(q, M, alpha) >= 0.999 > stats.binom.cdf(q - 1, M, alpha)
-show(certify.read_curve, certified_accuracy)
+show(certify.curve_of, certified_accuracy)
 AT = (0.0, 0.25, 0.5, 0.75, 1.0)
 report = certify.table(summaries, AT)
 print(report)

@@ -29,6 +29,17 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def plugs_are_forgotten(tmp_path_factory):
+    """What a test's FILE.py:NAME imported from a temporary folder is no other test's."""
+    path, folder = [*sys.path], str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", "")).startswith(folder):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A run directory on digits, with pretrain.pt and finetune_sigma_0.25.pt of two epochs each.

@@ -130,7 +130,7 @@ def test_a_missing_data_set_is_one_line_with_the_way_out(
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1, error
     assert f"lacks {dataset}" in error and str(tmp_path / "data") in error
-    assert "download it elsewhere, and bring the folder" in error
+    assert "(delete that); download it elsewhere" in error
     assert not (tmp_path / "run").exists()
 
 

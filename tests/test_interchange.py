@@ -1,4 +1,4 @@
-"""What finetune.py writes is timm's; and checkpoints of older runs, kept in results/, still load."""
+"""timm takes what finetune.py writes; checkpoints of older runs, kept in results/, still load."""
 
 from functools import partial
 from pathlib import Path

@@ -471,7 +471,7 @@ def test_an_objective_of_ones_own_is_run_with_its_values_and_recorded(users_fold
     flags = [*FLAGS, "--data-path", str(folder8), "--epochs", "2", "--warmup-epochs", "0", "--out",
              str(users_folder / "run"), "--objective", f"{file}:mine"]
     finetune.main([*flags, "--objective-args", "weight=3", "name='b'"])
-    seen = finetune.open_objective(f"{file}:mine").__globals__["SEEN"]
+    seen = finetune.open_objective(f"{file}:mine", finetune.sha256(file)).__globals__["SEEN"]
     assert len(seen) == 2 * 3 * 2                              # epochs, steps, micro-batches
     assert [epoch for _, _, _, epoch, *_ in seen[::2]] == pytest.approx([i / 3 for i in range(6)])
     for shape, shares, sigma, _, *rest in seen:
