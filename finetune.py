@@ -1070,7 +1070,9 @@ def open_picture(file, channels):
             if picture.mode[0] in "IF":
                 refuse("more than 8 bits a channel")
             ImageOps.exif_transpose(picture, in_place=True)
-            return picture.convert("RGB" if channels == 3 else "L")
+            picture.load()
+            mode = "RGB" if channels == 3 else "L"
+            return picture if picture.mode == mode else picture.convert(mode)     # it would copy
     except Exception as error:                                 # a damaged file can raise anything
         raise OSError(f"cannot read the image {file}: {error}") from None
 

@@ -179,6 +179,15 @@ def parse(argv):
 # --------------------------------------------------------------------------------------------------
 
 
+class ResizedCrop(v2.RandomResizedCrop):
+    """Crops the picture, makes a tensor, resizes that: a tenth faster than in another order."""
+
+    def transform(self, picture, params):
+        box = [params[key] for key in ("top", "left", "height", "width")]
+        part = v2.functional.pil_to_tensor(v2.functional.crop(picture, *box))
+        return v2.functional.resize(part, self.size, self.interpolation)
+
+
 def make_augment(kind, images):
     """The augmentation called `kind`: of batches in memory, or ("resized-crop") of pictures."""
     if kind == "none":
@@ -188,8 +197,8 @@ def make_augment(kind, images):
     if images.size <= 64:
         return shift_and_flip(images.size // 8 if "shift" in kind else 0, "flip" in kind)
     bicubic = InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(images.size, scale=(0.2, 1), interpolation=bicubic)
-    return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip()])
+    crop = ResizedCrop(images.size, scale=(0.2, 1), interpolation=bicubic)
+    return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
 def build_model(args, device):
@@ -714,7 +723,9 @@ def open_picture(file, channels):
             if picture.mode[0] in "IF":
                 refuse("more than 8 bits a channel")
             ImageOps.exif_transpose(picture, in_place=True)
-            return picture.convert("RGB" if channels == 3 else "L")
+            picture.load()
+            mode = "RGB" if channels == 3 else "L"
+            return picture if picture.mode == mode else picture.convert(mode)     # it would copy
     except Exception as error:                                 # a damaged file can raise anything
         raise OSError(f"cannot read the image {file}: {error}") from None
 

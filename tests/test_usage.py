@@ -385,7 +385,8 @@ def test_torchrun_leaves_every_flag_alone(stage):
 
 RUN = re.compile(r"(?:^|[\s`(])(?P<launcher>python3?|torchrun(?:\s+-\S+)*)\s+"
                  r"(?P<script>-m extras\.\w+|[\w./-]+\.py)\b(?P<rest>[^;|&`#)]*)")
-PLACES = ["README.md", "extras/README.md", *(f"{stage}.py" for stage in STAGES),
+PLACES = ["README.md", "extras/README.md", "results/cluster.md",
+          *(f"{stage}.py" for stage in STAGES),
           *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "extras").glob("*.py"))]
 
 
