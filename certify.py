@@ -1079,6 +1079,9 @@ def open_images(dataset, data_path, train, size, channels, device):
         root = Path(data_path, there[0] if there else names[0])
         items = ImageFolder(root, functools.partial(fit, size=size))
         items.loader = functools.partial(open_picture, channels=channels)
+        folders = {os.path.dirname(file) for file, _ in items.samples}
+        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+            refuse(f"{root} reaches a folder twice, by a link")
         labels, classes = torch.tensor(items.targets), items.classes
         if size > 64:
             return Images(items, labels, classes, size, white)
