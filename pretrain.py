@@ -477,7 +477,8 @@ def load_batches(images, batches, device, augment=None, seed=0, epoch=0, workers
     """
     if isinstance(images.items, TensorDataset):
         size = len(images.labels)
-        uniforms = torch.rand(size, 4, generator=generator(seed_of(seed, epoch, size)))
+        if augment:
+            uniforms = torch.rand(size, 4, generator=generator(seed_of(seed, epoch, size)))
         for index in batches:
             pixels, labels = images.items[index.to(device)]
             if augment:
