@@ -210,22 +210,23 @@ def rivals_of(counts, top, n):
     return max(others, default=0) + missing, len(others)
 
 
-def two_sided_bounds(counts, top, n, alpha):
+def two_sided_bounds(counts, top, n, alpha, share=0.9):
     """(p_a, p_b): p_a <= P[f = top], and P[f = c] <= p_b for all other c, both with 1 - alpha.
 
-    Half of alpha is for the top class, half for its rivals, of which p_b has to cover one alone:
-    the likeliest, c*. That is one class, whatever the counts turn out to be, and its count is at
-    most the largest; the bound grows with the count, so p_b >= the Clopper-Pearson bound of c* >=
-    P[f = c*]. No union over the rivals is needed. And p_b <= 1 - p_a in any case. (Cohen 2019,
+    A share of alpha is for the top class, the rest for its rivals, of which p_b has to cover one
+    alone: the likeliest, c*. That is one class, whatever the counts turn out to be, and its count
+    is at most the largest; the bound grows with the count, so p_b >= the Clopper-Pearson bound of
+    c* >= P[f = c*]. No union over the rivals is needed. And p_b <= 1 - p_a in any case: where that
+    is the smaller, a large share loses least. The share is fixed before the draws. (Cohen 2019,
     theorem 1, takes such a pair. Simultaneous bounds with a union over classes: Jia et al. 2020,
     arXiv 1912.09899.)
     (notebook 02, (2.17))
     """
     runner_up, rivals = rivals_of(counts, top, n)
-    p_a = lower_confidence_bound(int(counts[top]), n, alpha / 2)
+    p_a = lower_confidence_bound(int(counts[top]), n, share * alpha)
     if rivals == 0:
         return p_a, 1 - p_a
-    p_b = upper_confidence_bound(runner_up, n, alpha / 2)
+    p_b = upper_confidence_bound(runner_up, n, alpha - share * alpha)
     return p_a, min(p_b, 1 - p_a)
 
 

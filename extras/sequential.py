@@ -3,30 +3,28 @@
     python certify.py --sigma 0.25 --procedure extras/sequential.py:sequential \\
         --checkpoint runs/digits/finetune_sigma_0.25.pt --out runs/sequential
 
-An image stops at a look when the largest of --radii is certified, or when the next one up is
+An image stops when the largest of --radii is certified, or when the next one up is futile (an
+evidence of 100 against it; this costs no alpha, for the bounds hold wherever one stops) or out of
+reach (even if all draws to come were successes). --bound says whose radius is meant; both are kept.
 
-  * futile: there is an evidence of 100 against so large a radius (this costs no alpha: the bounds
-    hold wherever one stops);
-  * out of reach: not even successes in all draws to come would certify it (curtailment).
-
-Half of alpha is spent on anytime bounds, which hold at all looks at once, so that the best of them
-does; the other half on Clopper-Pearson bounds at n, for the images that get there. So all bounds
-hold with probability 1 - alpha, and images next to a radius of the table are not judged by the
-looser one. --bound says whose radius is meant, that of the one-sided or the two-sided pair (p_a,
-p_b); both are kept. (Sequential certification: Horvath et al. 2022, Chen et al. 2022, Voracek 2024;
-mixture martingales: Robbins 1970, Howard et al. 2021.)
+A fifth of alpha is spent on anytime bounds, which hold at all looks at once, so that the best of
+them does; the rest on Clopper-Pearson bounds at n, for the images that get there: a larger part for
+the looks saves draws, and loses images next to a radius. (Sequential certification: Horvath et al.
+2022, Chen et al. 2022, Voracek 2024; mixture martingales: Robbins 1970, Howard et al. 2021.)
 """
 
 import math
 
 import numpy as np
+import torch
 from scipy.optimize import brentq
 from scipy.special import betaincc, betaln
 from scipy.stats import norm
 
 from certify import CHUNK, generator_for, lower_confidence_bound, rivals_of, two_sided_bounds
 
-FIRST, GROWTH = 1000, 1.1                                      # the looks: each a tenth later
+FIRST, GROWTH = 1000, 1.1               # the looks: each a tenth later
+EARLY = 0.2                             # share of alpha for the anytime bounds
 FUTILITY = 100.0
 
 
@@ -34,10 +32,8 @@ def log_e_value(k, n, p):
     """Log of the evidence against P[success] <= p after k successes in n trials, at any time.
 
     E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2)
-    density restricted to (p, 1]. For each q > p the likelihood ratio is multiplied, at the next
-    trial, by q/p or (1-q)/(1-p); if P[success] = s <= p its mean is s q/p + (1-s)(1-q)/(1-p) <= 1,
-    with equality at s = p. So the ratio, and its average E, is a non-negative supermartingale that
-    starts at 1, and by Ville's inequality P[E ever reaches 1/alpha] <= alpha.
+    density restricted to (p, 1]. If P[success] <= p, each ratio has at each trial a mean of at most
+    1: E is a non-negative supermartingale from 1, and P[E ever reaches 1/alpha] <= alpha (Ville).
     (notebook 02, (2.11), (2.12))
     """
     a, b = 0.5 + k, 0.5 + n - k
@@ -59,8 +55,8 @@ def anytime_lower_bound(k, n, alpha):
     low = high / 2
     while excess_of(low) < 0:
         low, high = low / 2, low
-    root = float(brentq(excess_of, low, high, xtol=1e-300, rtol=1e-13))
-    return root * (1 - 1e-12)                                                # on the safe side
+    root = brentq(excess_of, low, high, xtol=1e-300, rtol=1e-13)
+    return float(root * (1 - 1e-12))                                         # on the safe side
 
 
 def radius_of(p_a, p_b, sigma):
@@ -71,40 +67,33 @@ def radius_of(p_a, p_b, sigma):
 def bounds_after(counts, top, n, most, alpha, before):
     """Both pairs (p_a, p_b) after n of `most` draws, not worse than `before`."""
     runner_up, rivals = rivals_of(counts, top, n)
-    k, half = int(counts[top]), alpha / 2
-    one = max(before["one-sided"][0], anytime_lower_bound(k, n, half))
-    two = max(before["two-sided"][0], anytime_lower_bound(k, n, half / 2))
+    k, early = int(counts[top]), EARLY * alpha
+    one = max(before["one-sided"][0], anytime_lower_bound(k, n, early))
+    two = max(before["two-sided"][0], anytime_lower_bound(k, n, early / 2))
     rival = before["two-sided"][1]
     if rivals:
-        rival = min(rival, 1 - anytime_lower_bound(n - runner_up, n, half / 2))
+        rival = min(rival, 1 - anytime_lower_bound(n - runner_up, n, early / 2))
     if n >= most:
-        p_a, p_b = two_sided_bounds(counts, top, n, half)
-        one = max(one, lower_confidence_bound(k, n, half))
+        one = max(one, lower_confidence_bound(k, n, alpha - early))
+        p_a, p_b = two_sided_bounds(counts, top, n, alpha - early)
         two, rival = max(two, p_a), min(rival, p_b)
     return {"one-sided": (one, 1 - one), "two-sided": (two, min(rival, 1 - two))}
 
 
 def largest_radius(counts, top, n, most, alpha, sigma, bound, before):
     """The radius if every draw from here to `most` were a success (notebook 02, (2.14))."""
-    p_a, p_b = before[bound]
-    counts = [int(count) + (most - n) * (c == top) for c, count in enumerate(counts)]
-    if bound == "one-sided":
-        p_a = max(p_a, lower_confidence_bound(counts[top], most, alpha / 2))
-        return radius_of(p_a, 1 - p_a, sigma)
-    last_a, last_b = two_sided_bounds(counts, top, most, alpha / 2)
-    p_a = max(p_a, last_a)
-    return radius_of(p_a, min(p_b, last_b, 1 - p_a), sigma)
+    best = torch.as_tensor(counts).clone()
+    best[top] += most - n
+    return radius_of(*bounds_after(best, top, most, most, alpha, before)[bound], sigma)
 
 
 def possible_radius(counts, top, n, sigma, bound):
     """The largest radius there may be, at an evidence of FUTILITY (notebook 02, (2.14))."""
     runner_up, _ = rivals_of(counts, top, n)
-    missing = n - sum(int(count) for count in counts)
-    p_a = 1 - anytime_lower_bound(n - int(counts[top]) - missing, n, 1 / FUTILITY)
-    p_b = 1 - p_a
-    if bound == "two-sided":
-        p_b = anytime_lower_bound(runner_up - missing, n, 1 / FUTILITY)
-    return radius_of(p_a, p_b, sigma)
+    p_a = 1 - anytime_lower_bound(n - int(counts[top]), n, 1 / FUTILITY)
+    if bound == "one-sided":
+        return radius_of(p_a, 1 - p_a, sigma)
+    return radius_of(p_a, anytime_lower_bound(runner_up, n, 1 / FUTILITY), sigma)
 
 
 def sequential(index, x, sigma, n0, n, alpha, seed, radii, bound):

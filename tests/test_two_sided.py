@@ -64,17 +64,25 @@ def test_upper_bound_covers_every_p(n):
 # -- The pair --------------------------------------------------------------------------------------
 
 
-def test_the_pair_is_clopper_pearson_at_half_of_alpha_each():
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+def test_the_pair_is_clopper_pearson_at_its_shares_of_alpha(share):
+    """scipy's two-sided intervals at a level of 1 - 2 a are one-sided bounds at the error a."""
     counts, n, alpha = [40, 3, 900, 57], 1000, 0.01
-    p_a, p_b = two_sided_bounds(counts, 2, n, alpha)
-    interval = lambda k: binomtest(k, n).proportion_ci(1 - alpha, "exact")
-    assert p_a == pytest.approx(interval(900).low, abs=1e-9)
-    assert p_b == pytest.approx(interval(57).high, abs=1e-9)
-    assert two_sided_bounds(torch.tensor(counts), 2, n, alpha) == (p_a, p_b)
-    rest = 1 - lower_confidence_bound(995, n, alpha / 2)
-    assert two_sided_bounds([995, 5], 0, n, alpha)[1] == pytest.approx(rest)
-    alone = lower_confidence_bound(10, 10, alpha / 2)
-    assert two_sided_bounds([10], 0, 10, alpha) == (alone, 1 - alone)
+    p_a, p_b = two_sided_bounds(counts, 2, n, alpha, share)
+    interval = lambda k, error: binomtest(k, n).proportion_ci(1 - 2 * error, "exact")
+    assert p_a == pytest.approx(interval(900, share * alpha).low, abs=1e-9)
+    assert p_b == pytest.approx(interval(57, (1 - share) * alpha).high, abs=1e-9)
+    assert two_sided_bounds(torch.tensor(counts), 2, n, alpha, share) == (p_a, p_b)
+    rest = 1 - lower_confidence_bound(995, n, share * alpha)
+    assert two_sided_bounds([995, 5], 0, n, alpha, share)[1] == pytest.approx(rest)
+    alone = lower_confidence_bound(10, 10, share * alpha)
+    assert two_sided_bounds([10], 0, 10, alpha, share) == (alone, 1 - alone)
+
+
+def test_nine_tenths_of_alpha_are_the_top_classes_unless_another_share_is_named():
+    assert two_sided_bounds([900, 57, 43], 0, 1000, 0.01) == two_sided_bounds(
+        [900, 57, 43], 0, 1000, 0.01, share=0.9
+    )
 
 
 def test_copies_without_an_answer_count_for_every_rival():
@@ -84,8 +92,8 @@ def test_copies_without_an_answer_count_for_every_rival():
     assert pair[1] > two_sided_bounds([90, 4, 1], 0, 95, 0.01)[1]
 
 
-def holds(p, counts, top, n, alpha):
-    p_a, p_b = two_sided_bounds(counts, top, n, alpha)
+def holds(p, counts, top, n, alpha, share):
+    p_a, p_b = two_sided_bounds(counts, top, n, alpha, share)
     return p_a <= p[top] and p_b >= max(q for i, q in enumerate(p) if i != top)
 
 
@@ -93,13 +101,14 @@ def holds(p, counts, top, n, alpha):
     (0.5, 0.5, 0.0), (0.5, 0.49, 0.01), (0.34, 0.33, 0.33), (1.0, 0.0, 0.0), (0.9, 0.05, 0.05),
     (0.6, 0.4, 0.0), (0.2, 0.7, 0.1)])
 @pytest.mark.parametrize("n", [5, 25])
-def test_the_pair_covers_exactly_for_three_classes(p, n):
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_pair_covers_exactly_for_three_classes(p, n, share):
     """Summed over all outcomes of a multinomial; also for a class that is not the largest."""
     alpha, wrong = 0.1, 0.0
     for a in range(n + 1):
         for b in range(n + 1 - a):
             counts = (a, b, n - a - b)
-            if not holds(p, counts, 0, n, alpha):
+            if not holds(p, counts, 0, n, alpha, share):
                 wrong += multinomial.pmf(counts, n, p)
     assert wrong <= alpha + 1e-9
 
@@ -142,7 +151,7 @@ def test_it_pays_where_answers_are_spread_and_loses_a_hair_where_two_classes_hol
 
     assert one(6000) < 0.3 and two([6000] + [500] * 8) > 2 * one(6000)
     assert one(4500) == 0 and two([4500] + [550] * 10) > 0.5   # no majority, and a certificate
-    assert 0.95 * one(9000) < two([9000, 1000]) < one(9000)
+    assert 0.99 * one(9000) < two([9000, 1000]) < one(9000)
 
 
 # -- certify() and the pool ------------------------------------------------------------------------
@@ -217,8 +226,8 @@ def test_uncertain_draws_of_integer_noise_count_for_every_rival():
     top = int(counts.argmax())
     runner_up = max(int(k) for i, k in enumerate(counts) if i != top) + 100
     assert rivals_of(counts, top, n) == (runner_up, 2)
-    p_a = lower_confidence_bound(int(counts[top]), n, alpha / 2)
-    p_b = min(upper_confidence_bound(runner_up, n, alpha / 2), 1 - p_a)
+    p_a = lower_confidence_bound(int(counts[top]), n, 0.9 * alpha)
+    p_b = min(upper_confidence_bound(runner_up, n, alpha - 0.9 * alpha), 1 - p_a)
     expected = top, round_down(certified_radius(p_a, 0.3, p_b))
     assert certify_on_grid(three_sectors, x, doubtful, 0, args) == expected and expected[1] > 0
 
@@ -283,14 +292,17 @@ def test_curtailment_changes_no_table_and_saves_draws(bound, monkeypatch):
 START = {bound: (0.0, 1.0) for bound in c.BOUNDS}
 
 
-@pytest.mark.parametrize("bound", c.BOUNDS)
-def test_what_is_out_of_reach_is_what_only_successes_would_give(bound):
+@pytest.mark.parametrize("counts", [[700, 200, 100], [900, 60, 40], [400, 350, 250]])
+def test_what_is_out_of_reach_is_what_clopper_pearson_gives_after_only_successes(counts):
+    """Nine tenths of the four fifths of alpha that the last look has are the top class's."""
     most, alpha, sigma = 2000, 0.01, 0.5
-    for counts in ([700, 200, 100], [900, 60, 40], [400, 350, 250]):
-        now = bounds_after(counts, 0, 1000, most, alpha, START)
-        later = bounds_after([counts[0] + 1000, *counts[1:]], 0, 2000, most, alpha, now)
+    now = bounds_after(counts, 0, 1000, most, alpha, START)
+    one = lower_confidence_bound(counts[0] + 1000, most, 0.8 * alpha)
+    two = lower_confidence_bound(counts[0] + 1000, most, 0.9 * 0.8 * alpha)
+    rival = min(1 - two, upper_confidence_bound(counts[1], most, 0.1 * 0.8 * alpha))
+    for bound, pair in zip(c.BOUNDS, ((one, 1 - one), (two, rival)), strict=True):
         found = largest_radius(counts, 0, 1000, most, alpha, sigma, bound, now)
-        assert found == pytest.approx(radius_of(*later[bound], sigma), abs=1e-12)
+        assert found == pytest.approx(radius_of(*pair, sigma), abs=1e-12)
 
 
 def test_the_two_sided_rule_stops_for_its_own_radius():
@@ -347,7 +359,7 @@ def test_either_run_keeps_what_both_bounds_need(run):
             assert row["predict"] == (row["top"] if float(row[bound]) >= 0 else "-1")
             assert float(row["radius"]) == max(0.0, float(row[bound]))
         k, r, n = int(a["count"]), int(a["runner_up"]), int(a["n"])
-        p_a, p_b = lower_confidence_bound(k, n, 0.005), upper_confidence_bound(r, n, 0.005)
+        p_a, p_b = lower_confidence_bound(k, n, 0.009), upper_confidence_bound(r, n, 0.001)
         p_b = min(p_b, 1 - p_a)
         expected = round_down(certified_radius(p_a, 0.5, p_b)) if p_a > p_b else -1
         assert float(a["two_sided"]) == pytest.approx(expected, abs=1e-9)

@@ -259,6 +259,8 @@ def print_table(rows):
         groups.setdefault((row["part"], row["init"], row["sigma"], row["n"]), []).append(row)
     for (part, init, sigma, n), these in groups.items():
         acr = [mean_and_deviation(row[bound]["acr"] for row in these) for bound in certify.BOUNDS]
+        if any("halves" in row["two-sided"] for row in these):
+            acr[1] += " *"                                     # see the README
         certified = [row["one-sided"]["certified"] for row in these]
         shares = [statistics.mean(at[f"{r:g}"] for at in certified) for r in RADII]
         shares = [f"{share:.1%}"[:-1] for share in shares]
