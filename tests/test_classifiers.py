@@ -445,6 +445,29 @@ f = Network()
     assert {row["top"] for row in rows(tmp_path)} == {"6"}
 
 
+OTHERS = """
+from model import build_vit, load_encoder
+vit = build_vit("vit_digits", 10)
+missing, left_over = load_encoder(vit, "others.pt")
+assert not missing and not left_over
+"""
+
+
+def test_others_fine_tuned_weights_are_certified_by_a_file_that_builds_the_network(
+    tiny_run, tmp_path, monkeypatch, refused
+):
+    """What the refusal of `--checkpoint others.pt` says, done."""
+    monkeypatch.chdir(tmp_path)
+    own = torch.load(tiny_run / "finetune_sigma_0.25.pt", weights_only=True)
+    torch.save({"model": own["model"], "epoch": 9}, "others.pt")
+    (tmp_path / "theirs.py").write_text(OTHERS)
+    how = ["--sigma", "0.25", "--skip", "120", "--n", "300", "--device", "cpu"]
+    assert "a file for --classifier" in refused([*how, "--checkpoint", "others.pt"])
+    main([*how, "--classifier", "theirs.py:vit", "--out", "theirs"])
+    main([*how, "--checkpoint", str(tiny_run / "finetune_sigma_0.25.pt"), "--out", "own"])
+    assert rows(tmp_path / "theirs") == rows(tmp_path / "own")
+
+
 def test_a_file_may_refuse_in_one_line(tmp_path, refused):
     (tmp_path / "mine.py").write_text(
         "from certify import refuse\nrefuse('mine.py needs WEIGHTS=file')\n")

@@ -1,5 +1,6 @@
 """Wrong use of any flag is one line on standard error, status 2, and nothing written."""
 
+import argparse
 import inspect
 import os
 import re
@@ -49,6 +50,9 @@ def folder(tmp_path_factory, tiny_run, make_folder):
     weights = torch.load(root / "good.pt", weights_only=True)["model"]
     torch.save({"model": weights | {"cls_token": torch.ones(1, 1, 8)}}, root / "wide.pt")
     torch.save({"model": weights | {"extra.weight": torch.ones(1)}}, root / "extra.pt")
+    torch.save({"model": weights | {"dist_token": torch.ones(1, 1, 48)}}, root / "distilled.pt")
+    torch.save({"model": weights | {"head.weight": torch.ones(10, 48)}, "optimizer": {}, "epoch": 9,
+                "args": argparse.Namespace(model="vit")}, root / "authors.pt")
     for name in ("no_train/val/a", "no_classes/train", "no_pictures/train/a"):
         (root / name).mkdir(parents=True)
     make_folder(8, grey=True).rename(root / "pictures")
@@ -213,6 +217,8 @@ BOTH = {                                                   # what pretrain.py an
     "folder without train": ([*FOLDER, "no_train"], "no_train/train"),
     "folder without classes": ([*FOLDER, "no_classes"], "no_classes"),
     "class without pictures": ([*FOLDER, "no_pictures"], "a"),
+    "folder for a file of weights": (["--init", "pictures"], "pictures is a folder: name the file"),
+    "distilled weights": (["--init", "distilled.pt"], "take a plain one, or give certify.py"),
     "augmentation of large pictures": (["--augment", "resized-crop"], "resized-crop"),
     "augmentation of small pictures": (
         [*FOLDER, "pictures", "--size", "80", "--augment", "flip", "--batch", "4"], "flip"),
@@ -251,6 +257,10 @@ ONLY = {
         "missing checkpoint": (["--sigma", "0.25", "--checkpoint", "gone.pt"], "gone.pt"),
         "truncated checkpoint": (["--sigma", "0.25", "--checkpoint", "torn.pt"], "torn.pt"),
         "pre-trained checkpoint": (["--sigma", "0.25", "--checkpoint", "good.pt"], "finetune"),
+        "folder for a checkpoint": (["--sigma", "0.25", "--checkpoint", "pictures"], "is a folder"),
+        "distilled checkpoint": (["--sigma", "0.25", "--checkpoint", "distilled.pt"], "DeiT"),
+        "the authors' fine-tuned file": (["--sigma", "0.25", "--checkpoint", "authors.pt"],
+                                         "build_vit(...); load_encoder(vit, FILE) in a file for"),
         "data of the checkpoint": (
             ["--sigma", "0.25", "--checkpoint", "tuned.pt", "--dataset", "mnist"], "digits"),
         "size of the checkpoint": (

@@ -57,6 +57,7 @@ FORMS = {
     "state_dict_ema": lambda s: {"state_dict_ema": s},
     "DeepSpeed": lambda s: {"module": s, "lr_scheduler": None},
     "any other entry": lambda s: {"net": s, "acc": 93.1, "epoch": 9},
+    "a number among them": lambda s: {"model": s | {"step": 9}},
     "DataParallel": lambda s: prefixed(s, "module."),
     "torch.compile": lambda s: {"model": prefixed(s, "_orig_mod.")},
     "DDP of a compiled model": lambda s: {"state_dict": prefixed(s, "module._orig_mod.")},
