@@ -192,7 +192,7 @@ def upper_confidence_bound(k, n, alpha):
     """p with P[P(success) <= p] >= 1 - alpha, after k successes in n independent trials.
 
     The 1 - alpha quantile of Beta(k + 1, n - k); 1 when k = n, 1 - alpha^(1/n) when k = 0.
-    (notebook 02, (2.16))
+    (notebook 02, (2.12))
     """
     if k == n:
         return 1.0
@@ -203,7 +203,7 @@ def rivals_of(counts, top, n):
     """(the largest count of another class than `top`, the number of other classes).
 
     A copy of the n that is missing from `counts` (classes,) could be anybody's: it counts for every
-    rival. (notebook 02, (2.17))
+    rival. (notebook 02, (2.13))
     """
     others = [int(count) for c, count in enumerate(counts) if c != top]
     missing = n - sum(others) - int(counts[top])
@@ -220,7 +220,7 @@ def two_sided_bounds(counts, top, n, alpha, share=0.9):
     is the smaller, a large share loses least. The share is fixed before the draws. (Cohen 2019,
     theorem 1, takes such a pair. Simultaneous bounds with a union over classes: Jia et al. 2020,
     arXiv 1912.09899.)
-    (notebook 02, (2.17))
+    (notebook 02, (2.13))
     """
     runner_up, rivals = rivals_of(counts, top, n)
     p_a = lower_confidence_bound(int(counts[top]), n, share * alpha)

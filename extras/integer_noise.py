@@ -37,7 +37,7 @@ BITS, SLACK = 53, 64                                 # norm.cdf errs by fewer th
 
 
 class GridNoise:
-    """round(x + sigma N(0, I)) on the grid 1/levels, exactly (notebook 02, (2.21))."""
+    """round(x + sigma N(0, I)) on the grid 1/levels, exactly (notebook 07, (7.7))."""
 
     def __init__(self, sigma, levels, device):
         self.levels = levels

@@ -34,7 +34,7 @@ def log_e_value(k, n, p):
     E = integral over q in (p, 1] of (q/p)^k ((1-q)/(1-p))^(n-k) w(q) dq, w the Beta(1/2, 1/2)
     density restricted to (p, 1]. If P[success] <= p, each ratio has at each trial a mean of at most
     1: E is a non-negative supermartingale from 1, and P[E ever reaches 1/alpha] <= alpha (Ville).
-    (notebook 02, (2.11), (2.12))
+    (notebook 07, (7.2), (7.3))
     """
     a, b = 0.5 + k, 0.5 + n - k
     with np.errstate(divide="ignore"):
@@ -44,7 +44,7 @@ def log_e_value(k, n, p):
 
 
 def anytime_lower_bound(k, n, alpha):
-    """Where log_e_value crosses log(1/alpha): holds at all looks at once (notebook 02, (2.13))."""
+    """Where log_e_value crosses log(1/alpha): holds at all looks at once (notebook 07, (7.4))."""
     if k == 0:
         return 0.0                                                           # no evidence
 
@@ -81,14 +81,14 @@ def bounds_after(counts, top, n, most, alpha, before):
 
 
 def largest_radius(counts, top, n, most, alpha, sigma, bound, before):
-    """The radius if every draw from here to `most` were a success (notebook 02, (2.14))."""
+    """The radius if every draw from here to `most` were a success (notebook 07, (7.5))."""
     best = torch.as_tensor(counts).clone()
     best[top] += most - n
     return radius_of(*bounds_after(best, top, most, most, alpha, before)[bound], sigma)
 
 
 def possible_radius(counts, top, n, sigma, bound):
-    """The largest radius there may be, at an evidence of FUTILITY (notebook 02, (2.14))."""
+    """The largest radius there may be, at an evidence of FUTILITY (notebook 07, (7.5))."""
     runner_up, _ = rivals_of(counts, top, n)
     p_a = 1 - anytime_lower_bound(n - int(counts[top]), n, 1 / FUTILITY)
     if bound == "one-sided":
@@ -97,7 +97,7 @@ def possible_radius(counts, top, n, sigma, bound):
 
 
 def sequential(index, x, sigma, n0, n, alpha, seed, radii, bound):
-    """CERTIFY with at most n draws; as certify.fixed_n() (notebook 02, (2.14))."""
+    """CERTIFY with at most n draws; as certify.fixed_n() (notebook 07, (7.5))."""
     selection = yield index, x, generator_for(seed, index, 0, x.device), n0
     top = int(selection.numpy().argmax())
 

@@ -438,6 +438,28 @@ def test_streams_are_injective_in_32_bits():
             generator_for(seed, index, 0, CPU)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_image_and_phase_can_be_read_off_a_streams_key(seed):
+    """So no two share one: the lines of generator_for, undone from the last to the first.
+
+    A shift by 16 undoes itself, one by 15 with the help of one by 30; a product with an odd number
+    is undone by the number's inverse modulo 2^32.
+    """
+    def undo(key):
+        for word in (0x9E3779B9, seed):
+            key ^= key >> 16
+            key = key * pow(0x846CA68B, -1, 2**32) % 2**32
+            key ^= key >> 15 ^ key >> 30
+            key = key * pow(0x7FEB352D, -1, 2**32) % 2**32
+            key ^= key >> 16
+            key = (key - word * 0x85EBCA6B) % 2**32
+        return divmod(key, 4)
+
+    for index in (0, 1, 359, 9999, 49_999, 2**30 - 1):
+        for phase in range(4):
+            assert undo(generator_for(seed, index, phase, CPU).initial_seed()) == (index, phase)
+
+
 def test_streams_begin_with_other_numbers():
     first = [tuple(torch.randn(4, generator=generator_for(seed, i, phase, CPU)).tolist())
              for seed in (0, 1) for i in range(300) for phase in (0, 1, 2)]

@@ -16,7 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
 IDS = [source.stem for source in SOURCES]
-PAGES = {source.name[:2]: source.read_text() for source in SOURCES}
+FRONT_PAGE = ROOT / "notebooks" / "00_the_method_on_one_page.py"       # no numbers of its own
+COURSE = [source for source in SOURCES if source != FRONT_PAGE]
+PAGES = {source.name[:2]: source.read_text() for source in COURSE}
 SCRIPTS = ["model.py", "pretrain.py", "finetune.py", "certify.py"]
 SCRIPTS += sorted(f"extras/{file.name}" for file in (ROOT / "extras").glob("*.py"))
 
@@ -25,8 +27,9 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_there_are_the_six_of_them():
-    assert [*PAGES] == ["01", "02", "03", "04", "05", "06"]
+def test_there_are_the_front_page_and_the_seven_of_the_course():
+    assert [source.name[:2] for source in SOURCES] == [f"0{number}" for number in range(8)]
+    assert [*PAGES] == [f"0{number}" for number in range(1, 8)]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=IDS)
@@ -62,17 +65,29 @@ def test_the_committed_notebook_was_executed_and_shows_nothing_of_the_machine(so
     assert not re.search(r"Warning|/root/|/home/|/work/|/Users/|/tmp/", text)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=IDS)
+@pytest.mark.parametrize("source", COURSE, ids=IDS[1:])
 def test_the_code_that_the_committed_notebook_shows_is_that_of_the_scripts(source):
     shown = []
     for cell in json.loads(source.with_suffix(".ipynb").read_text())["cells"]:
-        for output in cell.get("outputs", ()):
-            text = "".join(output.get("data", {}).get("text/markdown", ""))
-            shown += re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    scripts = [(ROOT / file).read_text() for file in [*SCRIPTS, "results/digits/compare.py"]]
+        outputs = [output.get("data", {}) for output in cell.get("outputs", ())]
+        shown += ["".join(data["text/plain"]) for data in outputs if "text/html" in data]
+    others = ["notebooks/two_processes.py", "results/digits/compare.py"]
+    scripts = [(ROOT / file).read_text() for file in [*SCRIPTS, *others]]
     assert shown
     for text in shown:
         assert any(text in script for script in scripts), f"execute it again: {text[:60]}"
+
+
+def execute(source, out):
+    """Execute a source as if it stood in notebooks/, into the notebook `out`."""
+    folder = ROOT / "notebooks"
+    how = ["--to", "ipynb", "--run-path", folder, "--execute", "--output", out]
+    done = subprocess.run(
+        [sys.executable, "-m", "jupytext", *how, source],
+        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(cell.execution_count for cell in code_cells(jupytext.read(out)))
 
 
 @pytest.mark.slow
@@ -80,16 +95,101 @@ def test_the_code_that_the_committed_notebook_shows_is_that_of_the_scripts(sourc
 def test_the_notebook_executes_and_its_assertions_hold(source, tmp_path):
     assertions = r"^\s*assert |assert_allclose|assert_close"
     sources = [cell.source for cell in code_cells(jupytext.read(source))]
-    assert len(re.findall(assertions, "\n".join(sources), re.MULTILINE)) >= 5
+    least = 1 if source == FRONT_PAGE else 5
+    assert len(re.findall(assertions, "\n".join(sources), re.MULTILINE)) >= least
+    execute(source, tmp_path / "out.ipynb")
 
-    out = tmp_path / "out.ipynb"
-    how = ["--to", "ipynb", "--run-path", source.parent, "--execute", "--output", out]
-    done = subprocess.run(
-        [sys.executable, "-m", "jupytext", *how, source],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(cell.execution_count for cell in code_cells(jupytext.read(out)))
+
+CHANGES = [                       # (page, its text, what a reader may make of it)
+    ("01", "sigma, step = 0.35, 0.01\nline", "sigma, step = 0.25, 0.01\nline"),
+    ("01", "DRAWS = 2000", "DRAWS = 5000"),
+    ("02", "index, sigma, alpha = 3, 0.25, 0.001", "index, sigma, alpha = 10, 0.5, 0.01"),
+    ("03", "SPREAD = 0.7 ", "SPREAD = 0.5 "),
+    ("04", "DRAWS = 50", "DRAWS = 30"),
+    ("05", "index = 3  ", "index = 174  "),
+    ("06", "RIVALS, ASKED = 5, 2", "RIVALS, ASKED = 3, 2"),
+    ("07", "sequential\n\nalpha = 0.001", "sequential\n\nalpha = 0.01"),
+]
+
+
+@pytest.mark.parametrize("page, old, new", CHANGES)
+def test_the_changed_parameters_are_there(page, old, new):
+    assert PAGES[page].count(old) == 1 and old != new
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page, old, new", CHANGES)
+def test_a_reader_may_change_a_parameter(page, old, new, tmp_path):
+    changed = tmp_path / "changed.py"
+    changed.write_text(PAGES[page].replace(old, new))
+    execute(changed, tmp_path / "out.ipynb")
+
+
+# The front page: the whole method without our files, and links to where each step is explained.
+
+
+def test_the_front_page_imports_none_of_our_files():
+    imported = set()
+    for node in ast.walk(ast.parse(FRONT_PAGE.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported == {"math", "matplotlib", "scipy", "sklearn", "torch"}
+
+
+def test_the_links_of_the_front_page_lead_to_what_they_name():
+    cells = [cell for cell in jupytext.read(FRONT_PAGE).cells if cell.cell_type == "markdown"]
+    text = " ".join(" ".join(cell.source for cell in cells).split())
+    equations = re.findall(r"\[(\d\d, )?\((\d+\.\d+)\)\]\((\d\d)(\w+)\.ipynb\)", text)
+    functions = re.findall(r"\[`(\w+\.py):([\w.]+)`\]\(\.\./(\w+\.py)\)", text)
+    others = re.findall(r"\[[^]]*\]\(([\w./]+)\)", text)
+
+    assert len(equations) >= 20 and len(functions) >= 15
+    for said, number, notebook, name in equations:
+        assert said in ("", f"{notebook}, ") and number in numbers_in(notebook), number
+        assert (ROOT / "notebooks" / f"{notebook}{name}.py").exists()
+    for file, name, target in functions:
+        assert file == target and (file, name) in docstrings(), f"{file}:{name}"
+    for target in others:
+        assert (ROOT / "notebooks" / target).exists(), target
+
+
+# The short path, and the shared parts of README.md.
+
+SHORT_PATH = ["1.2", "1.4", "1.5", "1.6", "1.8", "2.1", "2.2", "2.4", "2.7"]
+SKIPPED = "*Not on the short path.*"
+
+
+def prose_of(notebook):
+    cells = jupytext.reads(PAGES[notebook], "py:percent").cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def test_what_the_short_path_skips_is_marked():
+    kept = []
+    for notebook in ("01", "02"):
+        sections = re.split(r"^## ", prose_of(notebook), flags=re.MULTILINE)[1:]
+        kept += [text.split()[0] for text in sections if text.split("\n\n")[1] != SKIPPED]
+    assert kept == SHORT_PATH
+    for notebook in ("03", "04", "05", "06", "07"):
+        introduction, *_ = re.split(r"^## ", prose_of(notebook), flags=re.MULTILINE)
+        assert SKIPPED in introduction
+
+
+def test_the_contents_link_to_the_sections_of_the_short_path():
+    text = (ROOT / "notebooks" / "README.md").read_text()
+    links = re.findall(r"\[(\d\.\d+)\]\((\d\d)\w+\.ipynb#([^)]*)\)", text)
+    assert [number for number, _, _ in links] == SHORT_PATH
+    for number, notebook, anchor in links:
+        assert anchor.startswith(f"{number}-")                 # as Jupyter makes anchors
+        assert f"## {anchor.replace('-', ' ')}\n" in prose_of(notebook).replace("-", " ")
+
+
+def test_pages_that_are_linked_are_there():
+    for page in [*SOURCES, ROOT / "notebooks" / "README.md"]:
+        for target in re.findall(r"\]\(([\w./]+\.(?:ipynb|py|md))[#)]", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 # The numbers of the equations: in the notebooks, in the map of README.md, in the docstrings.

@@ -161,6 +161,23 @@ def test_marks_of_editors_and_of_joined_files_are_harmless(tmp_path):
     assert read_log(odd).tolist() == read_log(plain).tolist()
 
 
+def test_shards_of_a_log_in_cohens_columns_joined_by_cat_are_its_curve(tmp_path, capsys):
+    """A log of ours without our columns, in two shards that overlap, the last of them torn."""
+    log_file = ROOT / "results/digits/certify_sigma_0.25.tsv"
+    lines = ["\t".join(line.split("\t")[:6]) for line in log_file.read_text().splitlines()]
+    shards = "\n".join([*lines[:80], lines[0], *lines[60:]]) + "\n"
+    file = tmp_path / "noise_0.25"
+    file.write_text(shards + lines[80][:9])
+    theirs, ours = read_curve(file), read_curve(log_file)
+    assert (theirs.images, theirs.acr, theirs.abstained) == (120, ours.acr, ours.abstained)
+    assert np.array_equal(theirs.radii, ours.radii)
+
+    forged = lines[80].split("\t")
+    forged[3] = "9.000000"
+    file.write_text(shards + "\t".join(forged) + "\n")
+    assert f"{file} has an image twice, with other values" in refused(capsys, file)
+
+
 @pytest.mark.parametrize(("row", "words"), [
     ("20\t1\t1\t0.25", "line 3: 4 columns, not 6"),
     ("20\t1\t1\t0.25\t1\t0:00:01\t7\t8", "line 3: 8 columns, not 6"),
