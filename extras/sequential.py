@@ -9,7 +9,7 @@ reach (even if all draws to come were successes). --bound says whose radius is m
 
 A fifth of alpha is spent on anytime bounds, which hold at all looks at once, so that the best of
 them does; the rest on Clopper-Pearson bounds at n, for the images that get there: a larger part for
-the looks saves draws, and loses images next to a radius. (Sequential certification: Horvath et al.
+the looks saves draws, and leaves less for images next to a radius. (Sequential certification: Horvath et al.
 2022, Chen et al. 2022, Voracek 2024; mixture martingales: Robbins 1970, Howard et al. 2021.)
 """
 

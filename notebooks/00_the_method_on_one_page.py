@@ -206,9 +206,8 @@ def restoration_loss(batch):
 
 # %% [markdown]
 # Both stages are trained by the same loop: AdamW on batches of 128 images. The learning rate rises
-# for a tenth of the steps, and then falls along half a cosine. Its two peaks were chosen on
-# training images that were set aside. Most other settings are those that the repository takes for
-# digits.
+# for a tenth of the steps, and then falls along half a cosine. Most other settings are those that
+# the repository takes for digits.
 #
 # *Why:* [03, (3.19)](03_denoising_masked_autoencoder.ipynb) AdamW,
 # [(3.20)](03_denoising_masked_autoencoder.ipynb) the schedule. *In full:*
@@ -323,7 +322,7 @@ train([encoder, head], classification_loss, epochs=40, peak=4e-3)
 # not known, but it can be bounded by counting. First $n_0$ noisy copies choose the class $A$. Then
 # $n$ *fresh* ones count how often it wins. The bound of Clopper and Pearson turns the count $k$
 # into $\underline{p_A}$, which is above the true probability with a chance of at most $\alpha$.
-# Where $\underline{p_A} \le \frac12$ there is no certificate: $g$ abstains.
+# Where $\underline{p_A} \le \frac12$ there is no certificate: `certify` abstains.
 #
 # *Why:* [01, (1.1)](01_smoothing.ipynb) $g$, [(1.7)](01_smoothing.ipynb) the radius, [02,
 # (2.3)](02_from_counts_to_certificates.ipynb) the bound,
@@ -361,8 +360,8 @@ def certify(f, x):
 # %% [markdown]
 # Is `certify` right? There are classifiers whose true radius is known. This one says whether an
 # image is bright. Its two answers meet at a plane in the space of the 64 pixels, and the true
-# radius is the distance to that plane. No certificate may be larger, but for a share $\alpha$ of
-# them. Nor should it be much smaller.
+# radius is the distance to that plane. No certificate may be larger, but for a share of at most
+# $\alpha$ of them, on average. Nor should it be much smaller.
 #
 # *Why:* [01, (1.9)](01_smoothing.ipynb) the distance, [02,
 # (2.10)](02_from_counts_to_certificates.ipynb) how many wrong ones a table may have.
@@ -435,13 +434,13 @@ plt.show()
 # ## 0.8 What a certificate says, and what it does not
 #
 # It says: *$g$ gives this answer on every image that is closer than $R$ to this one, in the
-# Euclidean norm of the pixels.* Over the noise that is drawn for the image, such a statement is
-# true with a chance of at least $1 - \alpha$.
+# Euclidean norm of the pixels.* Over the noise that is drawn for the image, no false statement is
+# made with a chance of at least $1 - \alpha$.
 #
 # * It is a statement about **one image**. That all 120 certificates hold at once is less certain,
 #   unless each gets $\alpha / 120$ ([02, (2.10)](02_from_counts_to_certificates.ipynb)).
 # * It is a statement about **one norm**. A rotated or a darker picture may be further away than
-#   $R$, though it looks the same. For the largest change of a single pixel there is
+#   $R$, though it looks the same. For a bound on the change of every pixel there is
 #   [01, (1.8)](01_smoothing.ipynb).
 # * It is a statement about **$g$ and about $f$ as it is run here**: the same weights, the same
 #   arithmetic, in evaluation mode. It says nothing about $f$ alone.
@@ -459,7 +458,7 @@ plt.show()
 # | bounds for the runner-up as well, which pay where $f$ is unsure | [02, (2.13)](02_from_counts_to_certificates.ipynb), [`certify.py:two_sided_bounds`](../certify.py) |
 # | several processes and GPUs; going on after a stop | [03, (3.22)](03_denoising_masked_autoencoder.ipynb), [`pretrain.py:resume`](../pretrain.py) |
 # | a stream of noise for each image, so that a row can be computed alone, and again | [`certify.py:generator_for`](../certify.py) |
-# | an attack on $g$, which finds what the certificate allows | [05, (5.3)](05_certify_and_attack.ipynb) |
+# | an attack on $g$: nothing inside the radius, much outside | [05, (5.3)](05_certify_and_attack.ipynb) |
 #
 # ## 0.10 Exercises
 #

@@ -30,7 +30,7 @@
 # * stop drawing as soon as enough is known, with a bound that allows it, one-sided and two-sided;
 # * build a certificate that is false because of floats, and one that does not rest on them.
 #
-# **It needs** notebook 02 (sections 2.1 to 2.4, and 2.9 for section 7.4), conditional expectations, and the packages of
+# **It needs** sections 1.8, 2.1 to 2.4, and 2.9 for section 7.4, conditional expectations, and the packages of
 # `requirements.txt`; no GPU, no download. **It runs** in a quarter of a minute on two CPU cores.
 #
 # | symbol | meaning |
@@ -80,7 +80,7 @@ alpha = 0.001
 # $$ \Pr\bigl[\exists\, i \le t : \underline p(k_{n_i}, n_i) > p\bigr] \;\le\; t\,\alpha,
 #    \quad\text{and in general far above } \alpha, \qquad n_1 < n_2 < \dots < n_t \text{ the looks.} \tag{7.1} $$
 #
-# How bad is it? Looks at similar $n$ are correlated, so it is less than $t\alpha$. But it is not bounded by anything
+# How bad is it? The bound is crude, as looks at similar $n$ are correlated. But the error is not bounded by anything
 # below 1. By the law of the iterated logarithm, $k_n - np$ exceeds any fixed fraction of
 # $\sqrt{2 p (1-p) n \ln\ln n}$ infinitely often, while the margin of a fixed-$n$ bound is only a constant times $\sqrt
 # n$. Anyone who keeps drawing long enough is certain to see a bound that exceeds the truth.
@@ -253,11 +253,14 @@ pictures.picture_of_peeking(looks, *relative, steps, paths, alpha)
 # * or when $r$ is *futile*: the evidence against $p_A \ge \Phi(r/\sigma)$ reaches 100. That evidence is (7.2) with
 #   successes and failures exchanged.
 #
-# An image whose radius lies next to one of the table's gets all $n_{\max}$ draws, and there the anytime bound would be
-# a worse judge than Clopper and Pearson's. So $\alpha$ is split: a fifth for the anytime bounds at all looks, and four
-# fifths for one Clopper-Pearson bound after the last draw. Its chance of error is at most $\frac45\alpha$ whether or
-# not one gets so far (imagine the draws that were not made). By the union bound all these bounds hold together with
-# probability $1 - \alpha$. A larger part for the looks saves draws, and loses images next to a radius.
+# (The radii begin with 0: is there an answer at all? The first look is after 1000 draws, each next one a tenth later.)
+#
+# An image whose radius lies next to one of the table's most likely needs all $n_{\max}$ draws, and there the anytime
+# bound would be a worse judge than Clopper and Pearson's. So $\alpha$ is split: a fifth for the anytime bounds at all
+# looks, and four fifths for one Clopper-Pearson bound after the last draw. Its chance of error is at most
+# $\frac45\alpha$ whether or not one gets so far (imagine the draws that were not made). By the union bound all these
+# bounds hold together with probability $1 - \alpha$. A larger part for the looks saves draws, and leaves less for the
+# images next to a radius.
 #
 # Let $\underline p^*$ be the best bound of all looks so far, after $k$ successes in $n$ draws, and $k' = k + n_{\max} -
 # n$ the successes if no draw to come fails. The last two rules compare $r$ with a radius each: the most that can still
@@ -358,9 +361,9 @@ assert min(reasons.values()) > 0
 show(sequential.sequential, sequential.bounds_after, sequential.largest_radius, sequential.possible_radius)
 
 # %% [markdown]
-# **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n =
-# 100\,000$. How many draws does it take until it stops, and is its bound ever above the truth? Close to the boundary
-# (grey line) it needs tens of thousands of draws; away from it, about a thousand. ($R \ge r$ is undecidable at the
+# **Check.** Feed the rule with binomial draws of a known share and compare with the fixed $n = 100\,000$. How many
+# draws does it take until it stops, and is its bound ever above the truth? Close to the boundary (grey line) it needs
+# tens of thousands of draws; away from it, little more than the first look's 1000. ($R \ge r$ is undecidable at the
 # boundary itself.) And after a futile stop the evidence (7.2) against the next radius must be at least 100.
 
 # %%
@@ -472,10 +475,10 @@ for bound in certify.BOUNDS:
 # %% [markdown]
 # ## 7.5 Floating point
 #
-# The theorem speaks of real numbers, a computer adds floats. Is it a quibble? A float near 1 has a spacing of
-# $2^{-24}$ just below and $2^{-23}$ above; near 0 the spacing is finer by many orders of magnitude. So the *last
-# digits* of $x + e$ carry information about $x$, which no real noise would leave, and a classifier may read it (Jin
-# et al. 2022, Voracek and Hein 2023). Consider
+# The theorem speaks of real numbers, a computer adds floats. Is it a quibble? A float of 32 bits near 1 has a spacing
+# of $2^{-24}$ just below and $2^{-23}$ above; near 0 the spacing is finer by many orders of magnitude. So the *last
+# digits* of $x + e$ carry information about $x$, which no real noise would leave, and a classifier may read it (Jin et
+# al. 2022, Voracek and Hein 2023). Consider
 #
 # $$ f(z) = \mathbb 1\bigl[\, 2^{24} z \text{ is an integer} \,\bigr]. \tag{7.6} $$
 #
@@ -503,6 +506,8 @@ for i, place in enumerate(places):
     request = i, torch.full((1, 1, 1), float(place)), certify.generator_for(0, i, 1, "cpu"), 2000
     counts = certify.count_under_noise(coarse, [request], sigma, batch=1000)[0]
     share.append(counts[1].item() / 2000)
+print(f"share of class 1 at x = 0: {share[0]:.1%}, at x = 1: {share[-1]:.0%}")
+assert 0.3 < share[0] < 0.37 and share[-1] == 1
 pictures.picture_of_floats(places, np.array(share))
 
 # %% [markdown]
@@ -581,16 +586,15 @@ pictures.picture_of_grid_noise(values, observed, probability, len(j))
 
 # %%
 for radius in (0.1234567891, 0.25, 1.0000004, 1e-10):
-    lowered = max(0, math.floor((radius - 1e-9) * 10**6) / 10**6)
-    written = Fraction(f"{certify.round_down(radius):.6f}")
-    assert lowered == certify.round_down(radius)
+    lowered = certify.round_down(radius)
+    written = Fraction(f"{lowered:.6f}")
     assert written < Fraction(radius) and Fraction(radius) - written < Fraction(2, 10**6)
     print(f"{radius:.10f} -> {lowered:.6f}")
 
 # %% [markdown]
 # ## 7.6 What to take along
 #
-# * A fixed-$n$ bound that is looked at again and again errs, in the end, with certainty: (7.1).
+# * A fixed-$n$ bound that is looked at again and again errs, in the end, with certainty: section 7.1.
 # * Evidence is a bet against the claim. If the claim is true, no rule for stopping wins: (7.3), (7.4). So a bound from
 #   it holds at all looks together.
 # * A table's radii are settled with far fewer draws than a fixed $n$, but for images next to one of them.
