@@ -8,9 +8,10 @@ evidence of 100 against it; this costs no alpha, for the bounds hold wherever on
 reach (even if all draws to come were successes). --bound says whose radius is meant; both are kept.
 
 A fifth of alpha is spent on anytime bounds, which hold at all looks at once, so that the best of
-them does; the rest on Clopper-Pearson bounds at n, for the images that get there: a larger part for
-the looks saves draws, and leaves less for images next to a radius. (Sequential certification: Horvath et al.
-2022, Chen et al. 2022, Voracek 2024; mixture martingales: Robbins 1970, Howard et al. 2021.)
+them does; the rest on Clopper-Pearson bounds at n, for the images that get there. A larger part for
+the looks saves draws, and leaves less for images next to a radius. (Sequential certification:
+Horvath et al. 2022, Chen et al. 2022, Voracek 2024; mixture martingales: Robbins 1970, Howard et
+al. 2021.)
 """
 
 import math
