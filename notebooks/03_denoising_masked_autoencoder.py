@@ -25,8 +25,8 @@
 #
 # A classifier that will be certified by randomized smoothing has to work on very noisy images. The
 # denoising masked autoencoder (DMAE; Wu et al. 2023) prepares a network for that without labels. It
-# spoils an image by noise in every pixel and by throwing patches away, and asks for the clean image
-# back.
+# spoils an image by noise in every pixel (as denoising autoencoders do: Vincent et al. 2008) and by
+# throwing patches away (as MAE does: He et al. 2022), and asks for the clean image back.
 #
 # **Afterwards you can**
 #
@@ -213,8 +213,8 @@ pictures.draw_lengths(distance.amin(1), densities)
 # %% [markdown]
 # ## 3.3 Patches
 #
-# A transformer works on a set of vectors. Cut the image into $N = HW/P^2$ squares of side $P$ and
-# flatten each:
+# A transformer works on a set of vectors. Cut the image, of $H \times W$ pixels (letters of this
+# sentence), into $N = HW/P^2$ squares of side $P$ and flatten each:
 #
 # $$
 # x_{(a,b)}\bigl[(u P + v)\,C + \text{ch}\bigr] = x\,[\,\text{ch},\; aP+u,\; bP+v\,], \qquad 0 \le u,v < P , \tag{3.3}
@@ -292,8 +292,9 @@ print("patchify is the equation, unpatchify its inverse, the convolution a linea
 #
 # This is even in the displacement: it does not tell left from right. A linear map does.
 # $\operatorname{pos}(a, b-2)$ is $\operatorname{pos}(a, b)$ with each pair of sine and cosine
-# turned by $2\omega_j$, a fixed rotation for all places (Vaswani et al. 2017). A head whose queries
-# contain that rotation looks "two patches to the left" everywhere.
+# turned by $2\omega_j$, a fixed rotation for all places (Vaswani et al. 2017). So a linear map of
+# queries can ask for "two patches to the left", the same for all places. (A head has $D/h$
+# channels: room for some of the frequencies.)
 
 # %%
 def position(a, b, D):
@@ -396,10 +397,11 @@ pictures.draw_masking({title: image[0, 0] for title, image in stages.items()}, P
 
 # %% [markdown]
 # **Why the digits drop 25 % and the paper 75 %.** The recipe's 25 % were chosen on held-out digits;
-# no log of it was kept. Measured are both ratios on test digits: with noise 25 % is ahead (notebook
-# 04, section 4.6). The reason is a guess: at 75 % a digit leaves four patches of four pixels, which
-# say little about the others; a photograph of 224 × 224 leaves 49 patches of 256 pixels, and much
-# of it repeats. For the digits, and for linear answers, how much they say can be computed:
+# no log of it was kept. Measured are both ratios on test digits: with noise and the loss on all
+# patches 25 % is ahead for every seed (notebook 04, section 4.6). The reason is a guess: at 75 % a
+# digit leaves four patches of four pixels, which say little about the others; a photograph of
+# 224 × 224 leaves 49 patches of 256 pixels, and much of it repeats. For the digits, and for linear
+# answers, how much they say can be computed:
 
 # %%
 def explained(gamma, rounds=20):
@@ -487,8 +489,9 @@ torch.testing.assert_close(layer_norm(X, block.norm1), block.norm1(X))
 # $$
 #
 # where softmax acts on rows, $\operatorname{softmax}(z)_j = e^{z_j} / \sum_l e^{z_l}$, so that each
-# row of weights is positive and sums to 1. Without the root the weights of a wide head would be all
-# but 0 and 1, where softmax has no gradient (exercise 1).
+# row of weights is positive and sums to 1. With entries of size 1 a product has the standard
+# deviation $\sqrt{D/h}$ (exercise 1). Without the root the weights of a wide head would be near 0
+# and 1, where softmax has next to no gradient.
 #
 # **Heads.** The channels of $\mathbf Q, \mathbf K, \mathbf V$ are split into $h$ groups of $D/h$,
 # attention runs in each group by itself, so that each can look at another thing, and a linear map
@@ -563,9 +566,9 @@ assert 1e-4 < shortcut < 1e-3
 # $$
 #
 # Unroll $L$ blocks: the output is the input plus the sum of all $2L$ branches. Its derivative by
-# the input is the identity plus other terms, so gradients reach the first block however deep the
-# network is. Normalised *after* the addition, deep transformers needed a careful warm-up (Xiong et
-# al. 2020).
+# the input is the identity plus other terms, so a direct way for gradients leads to the first block
+# (He et al. 2016). Normalised *after* the addition, deep transformers needed a careful warm-up
+# (Xiong et al. 2020).
 
 # %%
 def run_block(X, block):
@@ -631,22 +634,32 @@ print("the page's vision transformer is model.VisionTransformer, with either way
 # %%
 X = dmae.with_cls(dmae.embed(test))
 patch = 5                                                       # row 1, column 1
-maps = {}
+row, column = torch.arange(N) // 4, torch.arange(N) % 4
+maps, looks = {}, {}
 for layer, block in enumerate(dmae.blocks):
     queries, keys, _ = block.attn.qkv(block.norm1(X)).split(X.shape[-1], dim=-1)
     for head, channels in enumerate(torch.arange(X.shape[-1]).chunk(block.attn.heads)):
         weights = weights_of(queries[..., channels], keys[..., channels])       # B 1+N 1+N
-        maps[head, layer] = weights[:, 1 + patch, 1:].mean(0).view(dmae.grid)
+        weights = weights[:, 1:, 1:].mean(0)                    # N N, from patches to patches
+        maps[head, layer] = weights[patch].view(dmae.grid)
+        most = weights.argmax(1)                                # where each patch looks most
+        looks[head, layer] = row[most] - row, column[most] - column     # down, to the right
     X = block(X)
-strongest = {place: divmod(int(weights.argmax()), 4) for place, weights in maps.items()}
-expected = {(1, 1): (1, 2), (0, 1): (0, 1), (0, 2): (2, 1)}
-assert expected.items() <= strongest.items() and maps[1, 0].max() < 0.1, \
-    "what the text says is of the committed encoder and of the patch in row 1, column 1"
+up = (looks[0, 1][0] == -1) & (looks[0, 1][1] == 0)
+below = (looks[0, 2][0] == 1) & (looks[0, 2][1] == 0)
+middle = (looks[1, 1][0] == 0) & (looks[1, 1][1] == torch.where(column < 2, 1, -1))
+print(
+    f"block 2, head 1 looks one up from {up.sum()} of {N} patches; block 3, head 1 one down from "
+    f"{below.sum()}; block 2, head 2 one column towards the middle from {middle.sum()}"
+)
+assert up[patch] and below[patch] and up.sum() < 4 and below.sum() < 8 and middle.sum() == 14, \
+    "what the text says is of the committed encoder"
 pictures.draw_attention(maps, divmod(patch, 4))
 
 # %% [markdown]
-# Heads have found neighbours: in block 2 head 1 looks up and head 2 to the right, in block 3 head 1
-# looks down.
+# From this patch, head 1 of block 2 looks up, head 1 of block 3 down. That is not a rule of these
+# heads: from other patches they look elsewhere. Head 2 of block 2 has one: from nearly every patch
+# it looks one column towards the middle.
 
 # %% [markdown]
 # ## 3.7 The encoder sees kept patches only, and what that saves
@@ -734,8 +747,8 @@ pictures.draw_flops(gammas, flops)
 # %% [markdown]
 # ## 3.8 The decoder
 #
-# Let $\mathbf t'_i$ be the encoder's output for a kept patch $i$, and $W_d$, $w_d$ a linear map to
-# the decoder's width. The decoder's input is
+# Let $\mathbf t'_i$ be the encoder's output for a kept patch $i$, here after the last LayerNorm, and
+# $W_d$, $w_d$ a linear map to the decoder's width. The decoder's input is
 #
 # $$
 # \mathbf s_i = \begin{cases} W_d \mathbf t'_i + w_d + \operatorname{pos}'_i & \text{if patch } i \text{ was kept},\\
@@ -867,9 +880,9 @@ pictures.draw_two_tasks(sigmas, kept_curve, dropped_curve, copying, mean_image, 
 # $$
 #
 # Brightness and contrast are removed, so that a faint texture counts as much as a bold edge. Also
-# (up to the $10^{-6}$) $\lVert x_i^{\text{norm}}\rVert^2 = P^2C-1$, so that answering 0 everywhere
-# costs $(P^2C-1)/(P^2C)$: a yardstick for the loss curve. The variance is the unbiased one, as in
-# the published code.
+# (up to the $10^{-6}$) a patch with contrast has $\lVert x_i^{\text{norm}}\rVert^2 = P^2C-1$, so that
+# answering 0 there costs $(P^2C-1)/(P^2C)$: a yardstick for the loss curve. The variance is the
+# unbiased one, as in the published code.
 
 # %%
 def norm_pix(patches):
@@ -891,9 +904,9 @@ flat = cut(test, P).var(-1) == 0
 print(f"{flat.float().mean():.0%} of the digits' 2 x 2 patches have no contrast at all")
 
 # %% [markdown]
-# This is why the digits recipe leaves norm-pix off, which all of the paper's recipes have: the
-# standardised target of four pixels is often identically zero, and otherwise mostly the rounding of
-# 17 grey levels, blown up.
+# A likely reason why the digits recipe leaves norm-pix off, which the paper's recipes have (no log
+# of a trial was kept): the standardised target of such a patch is identically zero, and of the
+# other patches' four numbers it removes two, brightness and contrast.
 
 # %% [markdown]
 # ## 3.11 With $\sigma = 0$ and the loss on dropped patches, it is MAE
@@ -983,8 +996,7 @@ pictures.draw_errors(error, grid_sigmas, grid_gammas)
 
 # %% [markdown]
 # Copying the noisy pixels would cost $\sigma^2$: 0.0156, 0.0625, 0.25 and 1 in the four lower rows.
-# In the lowest one, dropping half the patches *helps*: the network was never shown $\sigma = 1$,
-# and believes what it sees.
+# In the lowest one, dropping half the patches *helps*. The network was never shown $\sigma = 1$.
 
 # %% [markdown]
 # ## 3.13 Why denoising teaches what images look like: Tweedie's formula
@@ -1024,8 +1036,8 @@ pictures.draw_errors(error, grid_sigmas, grid_gammas)
 # $$ \mathbb E\bigl\lVert\hat x(\tilde x) - x\bigr\rVert^2 = \sigma^4\;\mathbb E\Bigl\lVert
 # \frac{\hat x(\tilde x) - \tilde x}{\sigma^2} - \nabla\log p(\tilde x)\Bigr\rVert^2 + \text{const} . $$
 #
-# This is denoising score matching (Vincent 2011). It is the sense in which the loss over kept
-# patches, a square of prediction minus *clean* target, is density estimation.
+# This is denoising score matching (Vincent 2011). In this sense the loss at mask ratio 0 fits the
+# slope of the log-density of noisy images, not of clean ones.
 #
 # **Check on a Gaussian mixture.** Let $\pi = \sum_j \pi_j\,\mathcal N(\bar x_j, \Sigma_j)$ in the
 # plane, with weights $\pi_j$ that add up to 1 (letters of this check). Then
@@ -1121,8 +1133,8 @@ pictures.draw_tweedie(fine, densities, starts.numpy(), ends.numpy(), SPREAD)
 # ### The trained autoencoder, beside an exact posterior mean
 #
 # For real digits $\pi$ is unknown. A solvable stand-in is the *empirical* distribution, with equal
-# mass on each image of the training set $\mathcal T$. Its posterior is a softmax of squared
-# distances, and its mean
+# mass on each image of the training set $\mathcal T$ (without those that pre-training held out). Its
+# posterior is a softmax of squared distances, and its mean
 #
 # $$
 # \mathbb E_{\mathcal T}[x\mid \tilde x] = \sum_{z \in \mathcal T} \Pr(z \mid \tilde x)\,z, \qquad
@@ -1135,12 +1147,16 @@ pictures.draw_tweedie(fine, densities, starts.numpy(), ends.numpy(), SPREAD)
 # missing, and at $\sigma = 0.25$ alone.
 
 # %%
+train_index, _ = pretrain.hold_out(len(train), checkpoint["settings"]["holdout"])
+trained_on = train[train_index]
+
+
 def empirical_mean(noisy, sigma):
     """E[x | noisy] if x is one of the training images, each with the same probability."""
     weights = torch.softmax(
-        -torch.cdist(noisy.flatten(1), train.flatten(1)).square() / (2 * sigma**2), dim=1
+        -torch.cdist(noisy.flatten(1), trained_on.flatten(1)).square() / (2 * sigma**2), dim=1
     )
-    return (weights @ train.flatten(1)).view_as(noisy)
+    return (weights @ trained_on.flatten(1)).view_as(noisy)
 
 
 def autoencoder(x, sigma, noise):
@@ -1158,7 +1174,7 @@ torch.testing.assert_close(by_score, by_weights)
 levels = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 torch.manual_seed(0)
 errors = {}
-for split, images in (("training", train[::4]), ("test", test)):
+for split, images in (("training", trained_on[::4]), ("test", test)):
     for sigma in levels:
         noise = torch.randn_like(images)
         outputs = {
@@ -1180,8 +1196,8 @@ pictures.draw_denoisers(levels, errors, SIGMA)
 # %% [markdown]
 # The empirical posterior wins on the images it stores, where it is provably optimal. On new digits
 # and near the noise level of its training (grey line) the autoencoder wins. At small noise the
-# empirical answer is stuck at the distance of the nearest neighbour; at large noise the
-# autoencoder, never trained there, falls behind.
+# empirical answer is stuck at the distance of the nearest neighbour; at large noise, where it was
+# not trained, the autoencoder falls behind.
 
 # %%
 torch.manual_seed(4)
@@ -1242,7 +1258,7 @@ pictures.draw_rows(rows, [f"digit {label}" for label in labels[shown]])
 #    Different terms are independent, so that the variances add up.
 # 2. The identity on each patch. It needs no attention, and learns nothing about images from the
 #    kept patches; only $\mathcal L_{\text{dropped}}$, with the weight $\gamma$, teaches.
-# 3. By $G B_j / B$: $150/128$, $150/128$ and $84/128$. Image $i \in \mathcal B_j$ then has the
+# 3. By $G B_j / B$: $150/128$, $150/128$ and $84/128$. Image $b \in \mathcal B_j$ then has the
 #    weight $\frac{1}{G B_j} \cdot \frac{G B_j}{B} = \frac1B$.
 # 4. $\pi(dx\mid\tilde x) \propto \varphi_\sigma(\tilde x - x)\,\pi(dx)$, so its logarithmic
 #    derivative by $\tilde x$ is
@@ -1272,8 +1288,9 @@ print("answers 1 and 4 hold")
 # %% [markdown]
 # ## Appendix A.1 The optimiser
 #
-# **AdamW** (Loshchilov and Hutter 2019) keeps, for every weight $w$, a running mean of its gradient
-# $\nabla_t$ and one of the gradient's square, and steps by their quotient:
+# **AdamW** (Loshchilov and Hutter 2019) is Adam (Kingma and Ba 2015) with another weight decay. It
+# keeps, for every weight $w$, a running mean of its gradient $\nabla_t$ and one of the gradient's
+# square, and steps by their quotient:
 #
 # $$
 # \begin{aligned}
@@ -1395,8 +1412,8 @@ print(
 # & t \ge t_{\text{warm}} . \end{cases} \tag{3.20}
 # $$
 #
-# Warm-up, because the first running means of squares are guesses from a few gradients. The way
-# down, because a fixed step size leaves the weights jittering around a minimum.
+# Warm-up: the first running means of squares are guesses from a few gradients (Liu et al. 2020).
+# The way down, because a fixed step size leaves the weights jittering around a minimum.
 #
 # **And over batches.** The peak of a recipe is given per 256 images; $B$ is the batch, here and in
 # A.2:
@@ -1417,7 +1434,6 @@ def lr_at(t, steps, warmup, peak):
 
 settings = checkpoint["settings"]
 peak = settings["base_lr"] * settings["batch"] / 256
-train_index, held_out = pretrain.hold_out(len(train), settings["holdout"])
 _, _, per_epoch = pretrain.plan(args.batch, args.device_batch, len(train_index))
 steps, warmup = args.epochs * per_epoch, int(args.warmup_epochs * per_epoch)
 assert optimizer.defaults["lr"] == peak
@@ -1463,15 +1479,15 @@ pictures.draw_pretraining(rates, rows, mean_image)
 # 2020) *averages* the gradients. When is that the gradient of the whole batch?
 #
 # Let $B$ images be dealt to $G$ processes, $B_j$ to the $j$-th, in disjoint shares $\mathcal B_j$.
-# Each takes the mean of its images' losses $\mathcal L_i$.
+# Each takes the mean of its images' losses $\mathcal L_b$.
 #
 # $$
-# \frac1G \sum_{j=1}^G \nabla \Bigl[\frac{1}{B_j} \sum_{i \in \mathcal B_j} \mathcal L_i\Bigr]
-# = \nabla \Bigl[\frac1B \sum_{i=1}^{B} \mathcal L_i \Bigr]
+# \frac1G \sum_{j=1}^G \nabla \Bigl[\frac{1}{B_j} \sum_{b \in \mathcal B_j} \mathcal L_b\Bigr]
+# = \nabla \Bigl[\frac1B \sum_{b=1}^{B} \mathcal L_b \Bigr]
 # \quad\text{for all losses, if and only if}\quad B_1 = \dots = B_G = \frac BG . \tag{3.22}
 # $$
 #
-# *Proof.* The gradient is linear, so the left side gives image $i \in \mathcal B_j$ the weight
+# *Proof.* The gradient is linear, so the left side gives image $b \in \mathcal B_j$ the weight
 # $1/(G B_j)$; the right side gives it $1/B$. If $B_j = B/G$ for all $j$, the weights are the same,
 # and so are the sums. If they are the same sums for all losses, let all losses but one in
 # $\mathcal B_j$ be constant: then $1/(GB_j) = 1/B$, and this for every $j$. $\square$
@@ -1479,7 +1495,7 @@ pictures.draw_pretraining(rates, rows, mean_image)
 # So the scripts refuse a batch that the number of processes does not divide (`pretrain.plan`). Two
 # conditions hide here:
 #
-# * **$\mathcal L_i$ belongs to image $i$ alone.** LayerNorm respects that, and
+# * **$\mathcal L_b$ belongs to image $b$ alone.** LayerNorm respects that, and
 #   $\mathcal L_{\text{dropped}}$, since every image drops as many patches. BatchNorm does not, see
 #   below.
 # * **All processes have the same weights.** They begin with rank 0's and take the same steps.
@@ -1644,10 +1660,10 @@ assert abs(alone[0] / two_processes[0] - 1) > 1e-4              # other noise, o
 np.testing.assert_allclose(alone, two_processes, rtol=0.2)      # of the same size
 
 # %% [markdown]
-# **BatchNorm's local statistics.** The linear probe has a BatchNorm, which standardises a feature
-# over the images at hand, under DDP those of one micro-batch. Then $\mathcal L_i$ depends on the
-# other images of its share, and (3.22) says nothing. The same two halves, once through the plain
-# classifier and once through the probe:
+# **BatchNorm's local statistics.** The linear probe has a BatchNorm (Ioffe and Szegedy 2015), which
+# standardises a feature over the images at hand, under DDP those of one micro-batch. Then
+# $\mathcal L_b$ depends on the other images of its share, and (3.22) says nothing. The same two
+# halves, once through the plain classifier and once through the probe:
 
 # %%
 def gradient_of(network, images, classes):

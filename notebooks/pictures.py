@@ -432,9 +432,9 @@ def picture_of_gain(part, gains):
 
 
 def picture_of_split(parts, two, one):
-    """ACR over the share of alpha for the top class, and next to its value at 0.9.
+    """ACR over the part of alpha for the top class, and minus its value at 0.9.
 
-    two: {name of a log: two-sided ACR over the shares}; one: {the same: one-sided ACR}.
+    two: {name of a log: two-sided ACR over the parts}; one: {the same: one-sided ACR}.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9.4, 4))
     at = np.abs(parts - 0.9).argmin()
@@ -444,10 +444,11 @@ def picture_of_split(parts, two, one):
         axes[0].axhline(one[name], color=colour, linestyle="--", linewidth=1)
         axes[1].axhline(1000 * (one[name] - acr[at]), color=colour, linestyle="--", linewidth=1)
     axes[0].set(ylabel="ACR (dashed: one-sided)", ylim=(0, None))
-    axes[1].set(ylabel="ACR less that at 0.9, in thousandths", ylim=(-11, 4))
+    axes[1].set_ylabel("ACR minus ACR at 0.9, in thousandths\n(dashed: one-sided)")
+    axes[1].set(ylim=(-17.5, 4))
     for axis in axes:
         axis.axvline(0.9, color="black", linestyle=":", linewidth=1)
-        axis.set(xlabel=r"share of $\alpha$ for the top class", xlim=(0, 1))
+        axis.set(xlabel=r"$\tau$, the top class's part of $\alpha$", xlim=(0, 1))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     plt.show()
 
@@ -845,7 +846,7 @@ def draw_pair_loss(odds, surface, cuts):
             axis.plot(odds, term, color=colour, linewidth=width)
         axis.set(xlabel="$p_1$", ylim=(0, 0.8), title=title)
     axes[1].text(0.5, 0.02, "2 KL = 0", color=ORANGE, ha="center")
-    axes[1].text(0.5, 0.37, "0.5 H = sum", color=GREEN, ha="center")
+    axes[1].text(0.5, 0.37, "sum = 0.5 H", color=BLUE, ha="center")
     axes[2].text(0.5, 0.29, "0.5 H", color=GREEN, ha="center")
     axes[2].text(0.5, 0.06, "2 KL", color=ORANGE, ha="center")
     axes[2].text(0.5, 0.55, "sum", color=BLUE, ha="center")
@@ -867,7 +868,8 @@ def draw_certified(radii, styles, gain_over=None):
         if gain_over is not None:
             more = shares[name] - shares[gain_over]
             axes[0, 1].plot(grid[::5], more[::5], line, color=colour)
-            axes[0, 1].set(ylabel=f"more than {gain_over} (points)")
+            point = f"points; one image is {100 / len(radii[gain_over]):.1f}"
+            axes[0, 1].set(ylabel=f"more than {gain_over}\n({point})")
     axes[0, 0].set(ylabel="certified accuracy (%)", ylim=(0, 102))
     axes[0, 0].legend(frameon=False, loc="lower left")
     for axis in axes[0]:
@@ -917,6 +919,23 @@ def draw_ablation(found):
     names = [f"{'noise' if noise else 'no noise'}, {ratio:.0%}, {loss}"
              for noise, ratio, loss in cells]
     axes[0].set_yticks(heights, names)
+    plt.show()
+
+
+def draw_heatmap(acr, ratios, sigmas):
+    """ACR (mask ratios, sigmas of pre-training) of a probe, in figures and colours; nan: none."""
+    figure, axis = plt.subplots(figsize=(5.2, 3.6))
+    shown = axis.imshow(acr, origin="lower", cmap="viridis", aspect="auto")
+    middle = (np.nanmin(acr) + np.nanmax(acr)) / 2
+    for (row, column), value in np.ndenumerate(acr):
+        if np.isfinite(value):
+            axis.text(column, row, f"{value:.3f}", ha="center", va="center",
+                      color="black" if value > middle else "white")
+    axis.set(xticks=range(len(sigmas)), xticklabels=[f"{sigma:g}" for sigma in sigmas],
+             yticks=range(len(ratios)), yticklabels=[f"{ratio:.0%}" for ratio in ratios],
+             xlabel="σ of pre-training", ylabel="patches dropped")
+    axis.grid(False)
+    figure.colorbar(shown, ax=axis, label="average certified radius")
     plt.show()
 
 
@@ -1049,7 +1068,7 @@ def picture_of_the_floor(sizes, shares, bounds):
     axes[1].plot((0, 1), (0, 1), color=ORANGE)
     axes[1].text(0.62, 0.5, "the theorem's floor", color=ORANGE)
     axes[1].set(xlim=(-0.02, 1.02),
-                xlabel=r"lower bound $\Phi(\Phi^{-1}(p_A) - \|\delta\|/\sigma)$")
+                xlabel=r"lower bound $\Phi(\Phi^{-1}(\underline{p_A}) - \|\delta\|/\sigma)$")
     figure.colorbar(points, ax=axes[1], label=r"$\|\delta\|$ / $R$")
     plt.show()
 
@@ -1250,7 +1269,7 @@ def picture_of_steps(steps, error, coarse, on_digits, marked, rows):
     heights = [error[int((steps == step).nonzero())] for step in marked.values()]
     axis.plot([*marked.values()], heights, "o", color=ORANGE)
     (first, forgotten), (low, high) = marked, heights
-    axis.text(marked[first], low - 0.002, first, color=ORANGE, ha="center", va="top")
+    axis.text(marked[first], low - 0.004, first, color=ORANGE, ha="center", va="top")
     axis.text(marked[forgotten] + 12, high + 0.002, forgotten, color=ORANGE)
     axis.text(560, 0.038, "Gaussian data,\n(6.15)", color=BLUE, ha="right")
     axis.text(690, 0.017, "test digits,\nclipped", color=GREY, ha="right")
@@ -1295,7 +1314,7 @@ def picture_of_objectives(points, names, sigmas):
     marks.append(plt.Line2D([], [], marker="x", linestyle="", color="black"))
     figure.legend(marks, [*names, "one class: ACR not drawn"], loc="outside lower center", ncols=6,
                   frameon=False)
-    figure.suptitle("filled: ten epochs; open: the time of consistency's ten; "
+    figure.suptitle("filled: ten epochs; open: about the time of consistency's ten; "
                     "bars: standard deviation over seeds", fontsize=10)
     plt.show()
 

@@ -170,6 +170,8 @@ def test_an_effect_is_the_mean_at_one_level_less_that_at_the_other_with_the_seed
     assert cells["| noise, less none"][2] == "+0.061 ± 0.001"
     assert cells["| mask ratio 25 %, less 75 %"][2] == "+0.030 ± 0.000"
     assert cells["| loss on all, less on dropped"][2] == "-0.040 ± 0.000"
+    assert cells["| mask ratio 25 %, less 75 %, without noise"][2] == "+0.000 ± 0.000"
+    assert cells["| mask ratio 25 %, less 75 %, with noise"][2] == "+0.060 ± 0.000"
     assert cells["| noise, less none, at 75 %, all"][2] == "+0.031 ± 0.001"
     assert cells["| noise, less none, at 25 %, all"][2] == "+0.091 ± 0.001"
     assert sum(" | 51.0 ± 1.0 | " in line for line in printed) == 16
@@ -182,7 +184,7 @@ def test_the_tables_of_the_ablation_are_those_of_the_readme(ablation, monkeypatc
     monkeypatch.setattr(ablation, "RESULT", DIGITS / "ablation.jsonl")
     ablation.main(["--table"])
     printed = capsys.readouterr().out.strip()
-    assert len(printed.splitlines()) == 2 * 10 + 9 + 2
+    assert len(printed.splitlines()) == 2 * 10 + 13 + 2
     assert printed in (DIGITS / "README.md").read_text()
 
 
@@ -213,7 +215,7 @@ def test_the_heat_maps_rows_are_all_cells_and_change_mask_ratio_and_sigma_alone(
 
 
 def test_a_small_heat_map_is_of_held_out_images_and_is_not_done_again(
-    heatmap, monkeypatch, tmp_path, capsys,
+    heatmap, monkeypatch, tmp_path,
 ):
     write_files(tmp_path / "data/FashionMNIST/raw")
     small = "--epochs 1 --warmup-epochs 0 --batch 50"
@@ -247,14 +249,19 @@ def test_a_small_heat_map_is_of_held_out_images_and_is_not_done_again(
     heatmap.main([])
     assert heatmap.RESULT.read_text() == written and len(asked) == 12
 
-    capsys.readouterr()
-    less = [row | dict(radii=radii, acr=sum(radii) / 4) for row, radii in zip(
-        rows, ([0.0, 0.1, 0.2, 0.5], [0.0, 0.2, 0.4, 0.6]), strict=True,
-    )]
-    heatmap.print_table(less)
-    printed = capsys.readouterr().out.splitlines()[2:]
-    assert printed[0].endswith("| 0.300 | the best |")
-    assert printed[1].endswith("| 0.200 | -0.100 ± 0.041 |")   # of 0, -.1, -.2, -.1: .0816 / 2
+
+def test_the_heat_maps_differences_are_paired_by_image(heatmap, capsys):
+    radii = {(0.25, 0.0): [0.0, 0.1, 0.2, 0.5], (0.25, 0.25): [0.0, 0.2, 0.4, 0.6],
+             (0.5, 0.25): [0.1, 0.1, 0.1, 0.1]}
+    rows = [
+        dict(mask_ratio=ratio, sigma=sigma, noisy=0.5, acr=sum(these) / 4, radii=these)
+        for (ratio, sigma), these in radii.items()
+    ]
+    heatmap.print_table(rows)
+    printed = capsys.readouterr().out.splitlines()[2:]         # 0, .1, .2, .1: .0816 / 2
+    assert printed[0].endswith("| 0.200 |  | -0.100 ± 0.041 |")
+    assert printed[1].endswith("| 0.300 | +0.100 ± 0.041 | the best |")
+    assert printed[2].startswith("| 0.5 | 0.25 | 50.0 | 0.100 |  | -0.200 ± ")
 
 
 def test_the_heat_maps_table_is_that_of_the_readme(heatmap, monkeypatch, capsys):

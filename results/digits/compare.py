@@ -2,6 +2,9 @@
 
     OMP_NUM_THREADS=1 python results/digits/compare.py         # in the root; half an hour on a core
 
+DMAE and MAE differ in noise, mask ratio and loss at once: no row says which of the three it is.
+ablation.py takes them apart.
+
 One process calls the scripts' main(), one after the other, with the flags that it prints, and
 collects the last row of each log: that of the test images. Stopped and started again, it goes on:
 after Ctrl-C with the seconds so far, after a kill without those of the run that was cut short.

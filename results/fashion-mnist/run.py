@@ -48,6 +48,7 @@ PRETRAININGS = {"dmae": "", "mae": "--sigma 0 --loss-on dropped"}
 GAUSSIAN = "--objective gaussian"                  # the recipe's is consistency
 FEW = f"{GAUSSIAN} --epochs 3"                     # as many steps with few labels as with all
 SCRATCH_LONGER = f"{GAUSSIAN} --epochs 27"         # as long as both stages: seconds.json
+FEW_LONGER = f"{GAUSSIAN} --epochs 22 --save-every 2"      # likewise; votes select the epoch
 LENET = "--epochs 60"                              # SGD, a third of them at each rate
 SMOOTHADV = "--objective extras/smoothadv.py:smoothadv --objective-args eps=0.99609375"    # 255/256
 MACER = "--objective extras/macer.py:macer --objective-args lam=16.0"
@@ -135,6 +136,10 @@ def plan():
     for sigma in SIGMAS:
         runs += [Run("smoothadv", "dmae", sigma=sigma, flags=ONE_STEP)]
         runs += [Run("smoothadv", "lenet", sigma=sigma, flags=f"{ONE_STEP} {LENET}")]
+    for count in (10, 100):
+        part = f"{count} labels a class, equal time"
+        few = f"--labels-per-class {count} {FEW_LONGER}"
+        runs += [Run(part, "scratch", seed, flags=few) for seed in SEEDS]
     return runs
 
 
@@ -279,7 +284,9 @@ def print_differences(runs, bound="one-sided"):
     print("|---|---|---|---|---|---|")
     found = {key_of(vars(run)): run for run in runs}
     for part, sigma in dict.fromkeys((run.part, run.sigma) for run in runs):
-        ours = "all labels" if part == "equal time" else part  # DMAE's 8 epochs
+        ours = part.removesuffix(", equal time")               # DMAE's few epochs
+        if part == "equal time":
+            ours = "all labels"
         for other in (*INITS[1:], "lenet"):
             differences = []
             for seed in SEEDS:
