@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -134,8 +135,11 @@ def test_the_table_of_objectives_is_that_of_the_readme(objectives, capsys, monke
     table = (objectives.HERE / "README.md").read_text()
     monkeypatch.setattr(objectives, "HERE", tmp_path)
     objectives.main(["--table"])
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) > 40 and all(line in table for line in printed)
+    printed, differences = capsys.readouterr().out.split("\n\n")
+    assert len(printed.splitlines()) > 40 and all(row in table for row in printed.splitlines())
+    (paragraph,) = re.findall(r"(Paired by image in the same way.*?)\n\n", table, re.DOTALL)
+    stated = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", paragraph)
+    assert len(stated) == 10 and all(number in differences for number in stated)
     assert (tmp_path / "objectives.png").exists()
 
 
