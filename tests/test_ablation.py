@@ -30,22 +30,27 @@ def open_script(file):
 
 
 @pytest.fixture
-def ablation(monkeypatch, tmp_path):
-    """The module, its runs and rows in a temporary folder."""
-    module = open_script(DIGITS / "ablation.py")
-    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(module, "RESULT", tmp_path / "ablation.jsonl")
-    monkeypatch.chdir(ROOT)
-    return module
+def opened(monkeypatch, tmp_path):
+    """opened(file) -> the module, its runs and rows in a temporary folder."""
+
+    def call(file):
+        module = open_script(file)
+        monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+        monkeypatch.setattr(module, "RESULT", tmp_path / f"{file.stem}.jsonl")
+        monkeypatch.chdir(ROOT)
+        return module
+
+    return call
 
 
 @pytest.fixture
-def heatmap(monkeypatch, tmp_path):
-    module = open_script(FASHION / "heatmap.py")
-    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(module, "RESULT", tmp_path / "heatmap.jsonl")
-    monkeypatch.chdir(ROOT)
-    return module
+def ablation(opened):
+    return opened(DIGITS / "ablation.py")
+
+
+@pytest.fixture
+def heatmap(opened):
+    return opened(FASHION / "heatmap.py")
 
 
 def committed_rows(folder, name):

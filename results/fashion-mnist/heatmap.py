@@ -16,18 +16,21 @@ are the processor's.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import certify
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "digits"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import tune
+from ablation import run, words
+
 import finetune
 import pretrain
 
@@ -63,45 +66,17 @@ def commands(ratio, sigma):
     ]
 
 
-def words(script, out, flags):
-    return f"python {script.__name__}.py {flags} --out {out}"
-
-
 def one_draw(model, images, index, args, device):
     """In place of finetune.measure: accuracy under one draw of the noise, of 3,000 images."""
     some = finetune.evenly_spaced(index, 3000)
     return dict(noisy=finetune.accuracy(model, images, some, args.sigma, 1, args, device), vote=0)
 
 
-def run(script, out, flags):
-    """Run a stage, unless it is done; its processor seconds."""
-    command, clock = words(script, out, flags), out / "seconds"
-    print(f"\n{command}", flush=True)
-    if clock.exists():
-        return float(clock.read_text())
-    started = time.process_time()
-    script.main(command.split()[2:])
-    spent = time.process_time() - started
-    clock.write_text(f"{spent:.1f}")
-    return round(spent, 1)
-
-
 def certified_radii(out):
     """Of held-out images, 0 where the answer is wrong or there is none."""
     flags = f"{SHARED} --sigma {SIGMA} --out {out}"
-    args, checkpoint = certify.parse(flags.split())
-    device, data = torch.device("cpu"), checkpoint["data"]
-    f = certify.open_classifier(args, checkpoint, device)
-    where = args.dataset, args.data_path
-    images = certify.open_images(*where, True, args.size, data["channels"], device)
-    _, held_out = finetune.hold_out(len(images.labels), data["holdout"])
-    radii = []
-    for i in finetune.evenly_spaced(held_out, IMAGES).tolist():
-        pixels, label = images.items[i]
-        x = pixels / images.white                                            # C H W
-        prediction, radius = certify.certify(f, x, SIGMA, n0=N0, n=N, index=i)
-        radii.append(round(radius * (prediction == int(label)), 4))
-    return radii
+    some = functools.partial(finetune.evenly_spaced, count=IMAGES)
+    return [round(radius, 4) for radius in tune.held_out_radii(flags, some, n0=N0, n=N)]
 
 
 def read_rows():

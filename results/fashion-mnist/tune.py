@@ -88,9 +88,8 @@ def train(one, shared):
     return commands
 
 
-def held_out_acr(one, dtype):
-    """Average certified radius of every 12th of the held-out images."""
-    flags = f"--recipe fashion --sigma {one.sigma:g} --out {one.out} --device cpu --dtype {dtype}"
+def held_out_radii(flags, choose, **how):
+    """Of the images choose(held_out), by certify.py's flags; 0 where wrong or without an answer."""
     args, checkpoint = certify.parse(flags.split())
     device = torch.device("cpu")
     f = certify.open_classifier(args, checkpoint, device)
@@ -99,11 +98,18 @@ def held_out_acr(one, dtype):
     images = certify.open_images(*where, True, args.size, data["channels"], device)
     _, held_out = finetune.hold_out(len(images.labels), data["holdout"])
     radii = []
-    for i in held_out[::EVERY].tolist():
+    for i in choose(held_out).tolist():
         pixels, label = images.items[i]
         x = pixels / images.white                                            # C H W
-        prediction, radius = certify.certify(f, x, one.sigma, n=1000, index=i)
+        prediction, radius = certify.certify(f, x, args.sigma, index=i, **how)
         radii.append(radius * (prediction == int(label)))
+    return radii
+
+
+def held_out_acr(one, dtype):
+    """Average certified radius of every 12th of the held-out images."""
+    flags = f"--recipe fashion --sigma {one.sigma:g} --out {one.out} --device cpu --dtype {dtype}"
+    radii = held_out_radii(flags, lambda held_out: held_out[::EVERY], n=1000)
     return sum(radii) / len(radii)
 
 
