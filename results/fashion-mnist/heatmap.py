@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "digits"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tune
 from ablation import run, words
+from compare import standard_error
 
 import finetune
 import pretrain
@@ -117,7 +118,7 @@ def run_all():
 def less(row, other):
     """The mean difference of two rows' radii, paired by image, and its standard error."""
     difference = np.subtract(row["radii"], other["radii"])
-    return f"{difference.mean():+.3f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.3f}"
+    return f"{difference.mean():+.3f} ± {standard_error(difference):.3f}"
 
 
 def print_table(rows):
