@@ -98,7 +98,6 @@ FLAGS = {                               # name: (value in the recipe digits, wha
     "layer_decay": (0.75, "learning-rate factor from a layer to the one below"),
     "weight_decay": (0.05, "AdamW's; 0: none"),
     "drop_path": (0.0, "stochastic depth of the last block; 0: none"),
-    "clip_grad": (0.0, "largest norm of the gradient; 0: any"),
     "save_every": (10, "epochs between checkpoints, and between votes, which select the model"),
     "seed": (0, "of everything random; 0: a seed like any other"),
     "dtype": ("auto", "auto: bf16 on GPUs that have it, else fp32", "auto", "fp32", "bf16"),
@@ -229,8 +228,6 @@ def parse(argv):
 
     # The recipe, unless the checkpoint was made by it: then data and model are the checkpoint's.
     recipe = given.get("recipe", made_with.get("recipe", "digits"))
-    if recipe not in RECIPES:
-        refuse(f"{init} was made with an unknown recipe, {recipe!r}: name a --recipe")
     values = {name: value for name, (value, *_) in (FLAGS | RUN_FLAGS).items()} | RECIPES[recipe]
     if given.get("linear_probe"):
         values |= PROBES.get(recipe, PROBE)
@@ -514,7 +511,7 @@ def accuracy(model, images, index, sigma, copies, args, device):
     model.eval()
     starts = range(RANK * 50, len(index), WORLD * 50)
     blocks = [index[start:start + 50] for start in starts]
-    right = unusable = 0
+    right = 0
     batches = load_batches(images, blocks, device, workers=args.workers)
     for start, (x, labels) in zip(starts, batches, strict=True):             # B C H W, B
         torch.manual_seed(seed_of(args.seed, start, 0))
@@ -525,17 +522,19 @@ def accuracy(model, images, index, sigma, copies, args, device):
             noise = torch.randn(min(5, copies - first), *x.shape, device=device)      # m B C H W
             noisy = rearrange(x + sigma * noise, "m b c h w -> (m b) c h w")
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-                largest, answers = model(noisy).max(dim=1)                   # mB, mB
-            unusable += (~largest.isfinite()).sum()
+                answers = model(noisy).argmax(dim=1)                         # mB
             answers = F.one_hot(answers, len(images.classes))                # mB classes
             votes = votes + rearrange(answers, "(m b) k -> m b k", b=len(x)).sum(dim=0)
         right += (votes.argmax(dim=1) == labels).sum()
     model.train()
-    right, unusable = sum_over_ranks(float(right), float(unusable))
-    if unusable:
-        raise FloatingPointError(f"{unusable:.0f} images or copies got NaN or infinite logits (try "
-                                 "--dtype fp32)")
+    (right,) = sum_over_ranks(float(right))
     return round(right / len(index), 6)
+
+
+def evenly_spaced(index, count):
+    """`count` of the images `index`, or all. (The first of class folders would be of one class.)"""
+    places = torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64)
+    return index[places.long()]
 
 
 def measure(model, images, index, args, device):
@@ -574,16 +573,9 @@ def train_step(network, optimizer, batches, mix, accumulate, objective, args, st
             loss = objective(f, x, targets, args.sigma, epoch, args.epochs, **args.objective_args)
         (loss / accumulate).backward()
         total = total + loss.detach() / accumulate
-    if args.clip_grad:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_grad)
     optimizer.step()
     optimizer.zero_grad()
     return total
-
-
-def copy_of_weights(model):
-    """The state dict on the CPU, which later steps do not change."""
-    return {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def finetune(args):
@@ -642,8 +634,11 @@ def finetune(args):
                 log(stem, started, step=done * steps, epoch=done, split="holdout", **found)
                 say(f"epoch {done}/{args.epochs}  loss {loss:.4f}  held out: {found}")
                 if best is None or found["vote"] >= best["vote"]:
-                    best = dict(vote=found["vote"], epoch=done, model=copy_of_weights(model))
-                rest = about | dict(epoch=done, best=best, optimizer=optimizer.state_dict())
+                    weights = copy.deepcopy(model.state_dict())
+                    best = dict(vote=found["vote"], epoch=done, model=weights)
+                rows = done + math.ceil(done / args.save_every)          # an epoch's, and a vote's
+                rest = about | dict(epoch=done, rows=rows, best=best)
+                rest |= dict(optimizer=optimizer.state_dict())
                 save(f"{stem}.last.pt", model.state_dict(), **rest)
         bar.close()
 
@@ -707,17 +702,9 @@ def generator(seed):
 def hold_out(images, holdout):
     """(indices to train on, indices held out) of so many images; holdout: a share or a number."""
     held = round(holdout * images) if holdout < 1 else int(holdout)
-    if held >= images:
-        refuse(f"cannot hold out {held} of {images} training images")
     order = torch.randperm(images, generator=generator(0))
     train, held_out = order[held:].sort().values, order[:held].sort().values
     return train, held_out if held else train
-
-
-def evenly_spaced(index, count):
-    """`count` of the images `index`, or all. (The first of class folders would be of one class.)"""
-    places = torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64)
-    return index[places.long()]
 
 
 def plan(batch, device_batch, images):
@@ -829,7 +816,7 @@ def mean_loss(loss, epoch):
     (total,) = sum_over_ranks(float(loss))
     if not math.isfinite(total):
         raise FloatingPointError(f"loss {total} in epoch {epoch}: the last checkpoint stays "
-                                 "(try --clip-grad 1, --dtype fp32 or a smaller --base-lr)")
+                                 "(try --dtype fp32 or a smaller --base-lr)")
     return total / WORLD
 
 
@@ -842,26 +829,21 @@ def save(path, weights, **rest):
 
 
 def resume(stem, model, optimizer):
-    """Go on from STEM.last.pt, if it is there; the log is cut back to its epoch.
+    """Go on from STEM.last.pt, if it is there; the log is cut back to its rows.
 
     Returns what it holds, and when the run began, less its pauses.
     """
     last, log_file = Path(f"{stem}.last.pt"), Path(f"{stem}.jsonl")
-    state, rows, seconds = {"epoch": 0}, [], 0
+    state, rows = dict(epoch=0), []
     if last.exists():
         state = read_checkpoint(last)
         load_weights(model, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {last} after epoch {state['epoch']}")
-        for line in log_file.read_text().splitlines(keepends=True):
-            row = json.loads(line) if line.endswith("\n") else {"epoch": math.inf}
-            if row["epoch"] > state["epoch"] or row.get("split") == "test":
-                break
-            rows.append(line)
-            seconds = row["time"]
+        rows = log_file.read_text().splitlines(keepends=True)[:state["rows"]]
     if RANK == 0:
         write(log_file, lambda file: file.write("".join(rows).encode()))
-    return state, time.time() - seconds
+    return state, time.time() - (json.loads(rows[-1])["time"] if rows else 0)
 
 
 def log(stem, started, **row):
@@ -878,11 +860,6 @@ def finish(stem, weights, started, **rest):
     if RANK == 0:
         Path(f"{stem}.last.pt").unlink(missing_ok=True)
     say(f"wrote {stem}.pt in {time.time() - started:.0f} s")
-
-
-# ==================================================================================================
-# The end of what pretrain.py and finetune.py share
-# ==================================================================================================
 
 
 # ==================================================================================================
@@ -925,11 +902,6 @@ def open_plug(place, flag):
 
 def sha256(file):
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-
-
-# ==================================================================================================
-# The end of what finetune.py and certify.py share
-# ==================================================================================================
 
 
 # ==================================================================================================
@@ -1035,11 +1007,8 @@ def say(*words):
 
 def write(path, save):
     """save(temporary file), then rename: after a kill there is the old file or the new one."""
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            save(file)
-    except RuntimeError as error:                              # what torch makes of a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    with open(f"{path}.tmp", "wb") as file:
+        save(file)
     os.replace(f"{path}.tmp", path)
 
 
@@ -1050,7 +1019,6 @@ def begin(stem, settings, free):
     """
     file, text = Path(f"{stem}.json"), json.dumps(settings, indent=1) + "\n"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         write(file, lambda opened: opened.write(text.encode()))
     earlier, settings = json.loads(file.read_text()), json.loads(text)
     other = []
@@ -1071,9 +1039,7 @@ def open_picture(file, channels):
             if picture.mode[0] in "IF":
                 refuse("more than 8 bits a channel")
             ImageOps.exif_transpose(picture, in_place=True)
-            picture.load()
-            mode = "RGB" if channels == 3 else "L"
-            return picture if picture.mode == mode else picture.convert(mode)     # it would copy
+            return picture.convert("RGB" if channels == 3 else "L")
     except Exception as error:                                 # a damaged file can raise anything
         raise OSError(f"cannot read the image {file}: {error}") from None
 
@@ -1140,11 +1106,6 @@ def open_images(dataset, data_path, train, size, channels, device):
     pixels, labels = pixels.to(device, torch.uint8), torch.as_tensor(labels).long()
     items = TensorDataset(pixels, labels.to(device))
     return Images(items, labels, classes, pixels.shape[-1], white)
-
-
-# ==================================================================================================
-# The end of what pretrain.py, finetune.py and certify.py share
-# ==================================================================================================
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ FLAGS = {                               # name: (value in the recipe digits, wha
     "warmup_epochs": (10.0, "epochs of linear warm-up; 0: none"),
     "base_lr": (8e-3, "learning rate per 256 images of the batch"),
     "weight_decay": (0.05, "AdamW's; 0: none"),
-    "clip_grad": (0.0, "largest norm of the gradient; 0: any"),
     "save_every": (50, "epochs between checkpoints"),
     "seed": (0, "of everything random; 0: a seed like any other"),
     "dtype": ("auto", "auto: bf16 on GPUs that have it, else fp32", "auto", "fp32", "bf16"),
@@ -168,24 +167,12 @@ def parse(argv):
     recipe = given.get("recipe", "digits")
     values = {name: value for name, (value, *_) in table.items()} | RECIPES[recipe]
     check_dataset(given, values)
-    args = argparse.Namespace(**values | {"out": f"runs/{recipe}"} | given)
-    if args.mask_ratio == 0 and args.loss_on == "dropped":
-        refuse("--loss-on dropped needs a --mask-ratio above 0")
-    return args
+    return argparse.Namespace(**values | {"out": f"runs/{recipe}"} | given)
 
 
 # --------------------------------------------------------------------------------------------------
 # Data, model, optimizer
 # --------------------------------------------------------------------------------------------------
-
-
-class ResizedCrop(v2.RandomResizedCrop):
-    """Crops the picture, makes a tensor, resizes that: a tenth faster than in another order."""
-
-    def transform(self, picture, params):
-        box = [params[key] for key in ("top", "left", "height", "width")]
-        part = v2.functional.pil_to_tensor(v2.functional.crop(picture, *box))
-        return v2.functional.resize(part, self.size, self.interpolation)
 
 
 def make_augment(kind, images):
@@ -197,8 +184,8 @@ def make_augment(kind, images):
     if images.size <= 64:
         return shift_and_flip(images.size // 8 if "shift" in kind else 0, "flip" in kind)
     bicubic = InterpolationMode.BICUBIC
-    crop = ResizedCrop(images.size, scale=(0.2, 1), interpolation=bicubic)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    crop = v2.RandomResizedCrop(images.size, scale=(0.2, 1), interpolation=bicubic)
+    return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip()])
 
 
 def build_model(args, device):
@@ -288,8 +275,6 @@ def train_step(network, optimizer, batches, accumulate, args, step):
             loss, _, _ = network(images, args.sigma, args.mask_ratio, noise, mask_noise)
         (loss / accumulate).backward()
         total = total + loss.detach() / accumulate
-    if args.clip_grad:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_grad)
     optimizer.step()
     optimizer.zero_grad()
     return total
@@ -347,9 +332,10 @@ def pretrain(args):
             if done % args.save_every == 0 or done == args.epochs:
                 say(f"epoch {done}/{args.epochs}  loss {loss:.4f}  lr {lr:.2e}")
                 if RANK == 0:
-                    shown = [images.items[i][0] for i in evenly_spaced(held_out, 10).tolist()]
+                    places = np.linspace(0, len(held_out) - 1, min(10, len(held_out)))
+                    shown = [images.items[i][0] for i in held_out[places.astype(int)].tolist()]
                     draw(f"{stem}.png", model, torch.stack(shown).to(device) / images.white, args)
-                rest = about | dict(epoch=done, optimizer=optimizer.state_dict())
+                rest = about | dict(epoch=done, rows=done, optimizer=optimizer.state_dict())
                 save(f"{stem}.last.pt", model.state_dict(), **rest)
         bar.close()
         finish(stem, model.state_dict(), started, epoch=args.epochs, **about)
@@ -407,17 +393,9 @@ def generator(seed):
 def hold_out(images, holdout):
     """(indices to train on, indices held out) of so many images; holdout: a share or a number."""
     held = round(holdout * images) if holdout < 1 else int(holdout)
-    if held >= images:
-        refuse(f"cannot hold out {held} of {images} training images")
     order = torch.randperm(images, generator=generator(0))
     train, held_out = order[held:].sort().values, order[:held].sort().values
     return train, held_out if held else train
-
-
-def evenly_spaced(index, count):
-    """`count` of the images `index`, or all. (The first of class folders would be of one class.)"""
-    places = torch.linspace(0, len(index) - 1, min(count, len(index)), dtype=torch.float64)
-    return index[places.long()]
 
 
 def plan(batch, device_batch, images):
@@ -529,7 +507,7 @@ def mean_loss(loss, epoch):
     (total,) = sum_over_ranks(float(loss))
     if not math.isfinite(total):
         raise FloatingPointError(f"loss {total} in epoch {epoch}: the last checkpoint stays "
-                                 "(try --clip-grad 1, --dtype fp32 or a smaller --base-lr)")
+                                 "(try --dtype fp32 or a smaller --base-lr)")
     return total / WORLD
 
 
@@ -542,26 +520,21 @@ def save(path, weights, **rest):
 
 
 def resume(stem, model, optimizer):
-    """Go on from STEM.last.pt, if it is there; the log is cut back to its epoch.
+    """Go on from STEM.last.pt, if it is there; the log is cut back to its rows.
 
     Returns what it holds, and when the run began, less its pauses.
     """
     last, log_file = Path(f"{stem}.last.pt"), Path(f"{stem}.jsonl")
-    state, rows, seconds = {"epoch": 0}, [], 0
+    state, rows = dict(epoch=0), []
     if last.exists():
         state = read_checkpoint(last)
         load_weights(model, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {last} after epoch {state['epoch']}")
-        for line in log_file.read_text().splitlines(keepends=True):
-            row = json.loads(line) if line.endswith("\n") else {"epoch": math.inf}
-            if row["epoch"] > state["epoch"] or row.get("split") == "test":
-                break
-            rows.append(line)
-            seconds = row["time"]
+        rows = log_file.read_text().splitlines(keepends=True)[:state["rows"]]
     if RANK == 0:
         write(log_file, lambda file: file.write("".join(rows).encode()))
-    return state, time.time() - seconds
+    return state, time.time() - (json.loads(rows[-1])["time"] if rows else 0)
 
 
 def log(stem, started, **row):
@@ -578,11 +551,6 @@ def finish(stem, weights, started, **rest):
     if RANK == 0:
         Path(f"{stem}.last.pt").unlink(missing_ok=True)
     say(f"wrote {stem}.pt in {time.time() - started:.0f} s")
-
-
-# ==================================================================================================
-# The end of what pretrain.py and finetune.py share
-# ==================================================================================================
 
 
 # ==================================================================================================
@@ -688,11 +656,8 @@ def say(*words):
 
 def write(path, save):
     """save(temporary file), then rename: after a kill there is the old file or the new one."""
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            save(file)
-    except RuntimeError as error:                              # what torch makes of a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    with open(f"{path}.tmp", "wb") as file:
+        save(file)
     os.replace(f"{path}.tmp", path)
 
 
@@ -703,7 +668,6 @@ def begin(stem, settings, free):
     """
     file, text = Path(f"{stem}.json"), json.dumps(settings, indent=1) + "\n"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         write(file, lambda opened: opened.write(text.encode()))
     earlier, settings = json.loads(file.read_text()), json.loads(text)
     other = []
@@ -724,9 +688,7 @@ def open_picture(file, channels):
             if picture.mode[0] in "IF":
                 refuse("more than 8 bits a channel")
             ImageOps.exif_transpose(picture, in_place=True)
-            picture.load()
-            mode = "RGB" if channels == 3 else "L"
-            return picture if picture.mode == mode else picture.convert(mode)     # it would copy
+            return picture.convert("RGB" if channels == 3 else "L")
     except Exception as error:                                 # a damaged file can raise anything
         raise OSError(f"cannot read the image {file}: {error}") from None
 
@@ -793,11 +755,6 @@ def open_images(dataset, data_path, train, size, channels, device):
     pixels, labels = pixels.to(device, torch.uint8), torch.as_tensor(labels).long()
     items = TensorDataset(pixels, labels.to(device))
     return Images(items, labels, classes, pixels.shape[-1], white)
-
-
-# ==================================================================================================
-# The end of what pretrain.py, finetune.py and certify.py share
-# ==================================================================================================
 
 
 if __name__ == "__main__":

@@ -580,7 +580,6 @@ args = argparse.Namespace(
     epochs=1,
     dtype="fp32",
     seed=0,
-    clip_grad=0.0,
 )
 theirs = finetune.train_step(
     twins[1], steppers[1], iter(batches), both, 2, finetune.gaussian, args, step=7, epoch=0

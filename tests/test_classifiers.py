@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from certify import (
     main,
     predict,
 )
-from model import build_vit
 
 CPU = torch.device("cpu")
 NAME = "certify_sigma_0.25"
@@ -354,15 +352,6 @@ def test_the_broken_image_is_named_and_copies_that_fill_a_batch_do_not_matter():
         assert len(list(certify_all(f, images[:2], 0.01, 100, 130, 0.05, batch=batch))) == 2
 
 
-def test_fine_tunings_evaluation_refuses_logits_that_are_none():
-    images = finetune.open_images("digits", None, False, 8, 1, CPU)
-    vit, args = build_vit("vit_digits", 10), SimpleNamespace(seed=0, workers=0, dtype="fp32")
-    with torch.no_grad():
-        vit.head.bias[2] = math.nan
-    with pytest.raises(FloatingPointError, match="40 images or copies got NaN.*fp32"):
-        finetune.accuracy(vit, images, torch.arange(20), 0.25, 2, args, CPU)
-
-
 # -- FILE.py:NAME is an import ---------------------------------------------------------------------
 
 
@@ -485,7 +474,7 @@ def linear(x):
 @pytest.mark.parametrize(("x", "words"), [
     (torch.rand(2, 1, 2, 2), r"\(2, 1, 2, 2\)"), (torch.rand(2, 2), r"\(2, 2\)"),
     (torch.zeros(1, 2, 2, dtype=torch.uint8), "uint8"), (torch.zeros(1, 2, 2).long(), "int64"),
-    (np.zeros((1, 2, 2)), "ndarray"), (torch.full((1, 2, 2), math.nan), "not finite"),
+    (np.zeros((1, 2, 2)), "ndarray"), (torch.full((1, 2, 2), math.nan), "pixels from nan to nan"),
     (torch.rand(1, 2, 2) * 254 + 1, "255|2[0-9][0-9]|not in .0, 1."),
     (torch.tensor([[[0.0, 1.51]]]), "from 0 to 1.51"),
     (torch.tensor([[[-0.51, 1.0]]]), "from -0.51 to 1"),

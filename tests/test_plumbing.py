@@ -31,11 +31,11 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text()
 
 RULER = "# " + "=" * 98
 BLOCK = re.compile(rf"{RULER}\n# The same in (.+): .+\n{RULER}\n(?:.*\n)*?"
-                   rf"{RULER}\n# The end of what \1 share\n{RULER}\n")
+                   rf"(?={RULER}|if __name__)")
 
 
 def blocks_of(text):
-    """{the files that a block names: its text, rulers included}"""
+    """{the files that a block names: its text, down to the next ruler or the last lines}"""
     return {block[1]: block[0] for block in BLOCK.finditer(text)}
 
 

@@ -35,7 +35,7 @@ RECIPE = ["--recipe", "fashion", "--init", "scratch", "--dtype", "fp32", "--epoc
           "--base-lr", "0.01", "--weight-decay", "1e-4"]
 NOT_TAKEN = {                              # flags of finetune.py that mean nothing here
     "init", "size", "normalisation", "model", "drop_path", "layer_decay", "linear_probe", "min_lr",
-    "warmup_epochs", "clip_grad", "save_every", "compile", "device_batch", "workers",
+    "warmup_epochs", "save_every", "compile", "device_batch", "workers",
 }
 TAKEN = {name: about for name, about in (finetune.FLAGS | finetune.RUN_FLAGS).items()
          if name not in NOT_TAKEN}
