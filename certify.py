@@ -32,7 +32,6 @@ Read down to the first ruler of equal signs: the rest is plumbing.
 import argparse
 import contextlib
 import functools
-import glob
 import hashlib
 import importlib.util
 import itertools
@@ -42,16 +41,17 @@ import os
 import re
 import sys
 import time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import beta, binomtest, norm
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 ABSTAIN = -1
 BOUNDS = ("one-sided", "two-sided")
@@ -117,13 +117,11 @@ def parse(argv):
     table = FLAGS | RUN_FLAGS | REPORT_FLAGS
     given = read_flags(__doc__, table, argv)
     values = {name: value for name, (value, *_) in table.items()}
-    only = given.keys() & REPORT_FLAGS.keys()
-    if only and "report" not in given:
-        refuse(f"--{min(only)} needs --report")
+    run_only = table.keys() - {*REPORT_FLAGS, "recipe", "radii", "bound"}
+    odd = given.keys() & (run_only if "report" in given else REPORT_FLAGS.keys())
+    if odd:
+        refuse(f"--{min(odd)} {'means nothing to' if 'report' in given else 'needs'} --report")
     if "report" in given:
-        odd = given.keys() - {*REPORT_FLAGS, "recipe", "radii", "bound"}
-        if odd:
-            refuse(f"--{min(odd)} means nothing to --report")
         radii = RECIPES[given.get("recipe", "digits")].get("radii", values["radii"])
         values |= {"bound": "", "label": (), "radii": radii}
         return argparse.Namespace(**values | given), None
@@ -158,12 +156,8 @@ def parse(argv):
 
 def read_classifier(file):
     """A checkpoint of finetune.py."""
-    try:
-        from model import read_checkpoint
-    except ModuleNotFoundError as error:
-        if error.name != "model":
-            raise
-        refuse("checkpoints need model.py beside certify.py; or name a --classifier")
+    from model import read_checkpoint
+
     return read_checkpoint(file, "finetune")
 
 
@@ -195,15 +189,13 @@ def upper_confidence_bound(k, n, alpha):
     return float(beta.isf(alpha, k + 1, n - k))
 
 
-def rivals_of(counts, top, n):
-    """(the largest count of another class than `top`, the number of other classes).
+def runner_up_of(counts, top, n):
+    """The largest count of another class than `top`. (notebook 02, (2.13))
 
-    A copy of the n that is missing from `counts` (classes,) could be anybody's: it counts for every
-    rival. (notebook 02, (2.13))
+    A copy of the n that is missing from `counts` (classes,) could be anybody's: it counts as one.
     """
     others = [int(count) for c, count in enumerate(counts) if c != top]
-    missing = n - sum(others) - int(counts[top])
-    return max(others, default=0) + missing, len(others)
+    return max(others, default=0) + n - sum(map(int, counts))
 
 
 def two_sided_bounds(counts, top, n, alpha, share=0.9):
@@ -218,11 +210,8 @@ def two_sided_bounds(counts, top, n, alpha, share=0.9):
     arXiv 1912.09899.)
     (notebook 02, (2.13))
     """
-    runner_up, rivals = rivals_of(counts, top, n)
     p_a = lower_confidence_bound(int(counts[top]), n, share * alpha)
-    if rivals == 0:
-        return p_a, 1 - p_a
-    p_b = upper_confidence_bound(runner_up, n, alpha - share * alpha)
+    p_b = upper_confidence_bound(runner_up_of(counts, top, n), n, alpha - share * alpha)
     return p_a, min(p_b, 1 - p_a)
 
 
@@ -395,27 +384,22 @@ def count_under_noise(classifier, requests, sigma, batch=CHUNK):
     for row, (*_, copies) in enumerate(requests):
         chunks += [(row, min(CHUNK, copies - first)) for first in range(0, copies, CHUNK)]
 
-    # A pass has room for so many chunks. Every copy has an owner, the row where it counts.
+    # A pass has room for so many chunks.
     _, x, _, _ = requests[0]
     room = max(1, batch // CHUNK)
     precise = torch.promote_types(x.dtype, torch.float32)
     noisy = torch.zeros(room * CHUNK, *x.shape, device=x.device, dtype=precise)       # B C H W
-    owner = torch.empty(room * CHUNK, device=x.device, dtype=torch.int64)    # B
-    nobody = len(requests)
-    counts = 0
+    counts = [0] * len(requests)
     for first in range(0, len(chunks), room):
-        owner.fill_(nobody)
-        for slot, (row, wanted) in enumerate(chunks[first:first + room]):
+        these = chunks[first:first + room]
+        for part, (row, _) in zip(noisy.split(CHUNK), these, strict=False):
             _, image, generator, _ = requests[row]
-            place = slot * CHUNK
-            part = noisy[place:place + CHUNK]
             torch.randn(part.shape, generator=generator, out=part).mul_(sigma).add_(image)
-            owner[place:place + wanted] = row
         pieces = noisy.to(x.dtype).split(batch)
         votes = torch.cat([votes_of(logits_of(classifier(z), len(z))) for z in pieces])
-        empty = torch.zeros(nobody + 1, votes.shape[1], device=x.device, dtype=torch.int64)
-        counts = counts + empty.index_add_(0, owner, votes)
-    counts = counts[:nobody].cpu()
+        for part, (row, wanted) in zip(votes.split(CHUNK), these, strict=False):
+            counts[row] = counts[row] + part[:wanted].sum(dim=0)
+    counts = torch.stack(counts).cpu()                                       # requests classes+1
 
     for (index, *_, copies), unusable in zip(requests, counts[:, -1].tolist(), strict=True):
         if unusable:
@@ -622,22 +606,22 @@ def plot(path, curves):
 
 
 def open_procedure(name):
-    """fixed_n, or what FILE.py:NAME names."""
+    """(fixed_n, ""), or what FILE.py:NAME names, and the file's sha256."""
     if name == "fixed_n":
-        return fixed_n
-    plug = open_plug(name, "--procedure")
+        return fixed_n, ""
+    plug, sha256 = open_plug(name, "--procedure")
 
     def procedure(*arguments):
         with users_file(f"--procedure {name}"):
             return (yield from plug(*arguments))
 
-    return procedure
+    return procedure, sha256
 
 
 def open_classifier(args, checkpoint, device):
     """f as it is run, in the precision of --dtype: (B, C, H, W) in [0, 1] -> (B, classes)."""
     if args.classifier:
-        network = open_plug(args.classifier, "--classifier")
+        network, _ = open_plug(args.classifier, "--classifier")
     else:
         network = rebuild(checkpoint, args.checkpoint)
         if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
@@ -706,10 +690,9 @@ def check_function(f, x, sigma, batch, generator, dtype):
 def row_of(index, label, seconds, top, counts, n, bounds, args):
     """The TSV's row of an image."""
     prediction, radius = certificate(top, *bounds[args.bound], args.sigma)
-    runner_up, rivals = rivals_of(counts, top, n)
     row = [index, label, prediction, f"{radius:.6f}", int(prediction == label)]
     row += [timedelta(seconds=seconds), int(counts[top]), n, args.sigma, args.alpha]
-    row += [top, runner_up, rivals + 1]
+    row += [top, runner_up_of(counts, top, n), len(counts)]
     for bound in BOUNDS:
         prediction, radius = certificate(top, *bounds[bound], args.sigma)
         row.append("-1" if prediction == ABSTAIN else f"{radius:.6f}")
@@ -717,7 +700,7 @@ def row_of(index, label, seconds, top, counts, n, bounds, args):
 
 
 def parts_of(result):
-    return sorted(result.parent.glob(f"{glob.escape(result.name)}.part*"))
+    return sorted(result.parent.glob(f"{result.name}.part*"))
 
 
 def finished_rows(result):
@@ -792,10 +775,9 @@ def open_for_certification(args, checkpoint):
 
 def certify_dataset(args, checkpoint):
     """Certify every SKIP-th test image, or this process's share of them."""
-    import filelock
     from tqdm import tqdm
 
-    procedure = open_procedure(args.procedure)
+    procedure, sha256 = open_procedure(args.procedure)
     f, test, device = open_for_certification(args, checkpoint)
     job, jobs = map(int, args.shard.split("/"))
     chosen = range(0, len(test.labels), args.skip)[:args.max or None]
@@ -808,7 +790,7 @@ def certify_dataset(args, checkpoint):
     if procedure is fixed_n:
         del settings["radii"]                                  # the table's alone
     else:
-        settings["procedure_sha256"] = sha256(args.procedure.rpartition(":")[0])
+        settings["procedure_sha256"] = sha256
     os.makedirs(args.out, exist_ok=True)
     lock_file = f"{args.out}/.{result.name}.lock"
     lock = filelock.FileLock(lock_file)
@@ -828,11 +810,8 @@ def certify_dataset(args, checkpoint):
         trials = certify_all(f, images, *how, procedure, args.batch)
         bar = tqdm(trials, "certify", len(todo), disable=None if RANK == 0 else True)
         name = f"{job}-{jobs}-{RANK}-{WORLD}"
-        try:
-            with filelock.FileLock(f"{lock_file}{name}", blocking=False):
-                certify_part(Path(f"{result}.part{name}"), bar, test, lock, args)
-        except filelock.Timeout:
-            refuse(f"{result}.part{name} is in use by another process")
+        with filelock.FileLock(f"{lock_file}{name}", blocking=False):
+            certify_part(Path(f"{result}.part{name}"), bar, test, lock, args)
     merge(result, chosen, lock, args)
 
 
@@ -855,14 +834,14 @@ def users_file(place):
     """An error inside keeps its traceback, and ends with a line that says where it was."""
     try:
         yield
-    except Exception as error:
-        if not isinstance(error, Refusal):
-            error.add_note(f"{Path(__file__).name}: error: in {place}")
+    except Refusal:
         raise
+    except Exception as error:
+        raise RuntimeError(f"in {place}") from error
 
 
 def open_plug(place, flag):
-    """What FILE.py:NAME names, by an import: FILE's folder comes first on the path.
+    """(what FILE.py:NAME names, FILE's sha256), by an import: its folder comes first on the path.
 
     `from certify import ...` in FILE is the running certify.py; likewise finetune.
     """
@@ -880,11 +859,7 @@ def open_plug(place, flag):
         refuse(f"{place} is a class: name an instance of it ({flag})")
     if not callable(found):
         refuse(f"{file} has no function {name!r} ({flag} FILE.py:NAME)")
-    return found
-
-
-def sha256(file):
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found, hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 # ==================================================================================================
@@ -893,33 +868,22 @@ def sha256(file):
 
 RANK = int(os.environ.get("RANK", 0))                          # of this process, of WORLD of them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine, of LOCAL_WORLD
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 BELOW = dict(mask_ratio=1, erasing=1, drop_path=1, alpha=1, seed=2**32)          # limits of flags
 OTHER_NAMES = {"n": ["--N"], "n0": ["--N0"], "max": ["--limit"]}       # that torchrun leaves alone
 
-
-class Images(NamedTuple):
-    """Labelled images: items[i] is (pixels uint8 (C, S, S), label); a TensorDataset in memory."""
-
-    items: Dataset
-    labels: torch.Tensor                                       # M
-    classes: list                                              # their names
-    size: int                                                  # S
-    white: int                                                 # the pixels' largest value
+# items[i]: (pixels uint8 (C, S, S), label), a TensorDataset in memory; white: the largest value.
+Images = namedtuple("Images", "items labels classes size white")
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wrong use ends in one line and status 2, a run that breaks in one line and status 1.
-
-    An error in a user's file has a note (users_file), and keeps its traceback.
-    """
+    """Wrong use ends in one line and status 2, a run that breaks in one line and status 1."""
     try:
         yield
     except (ValueError, OSError, ArithmeticError) as error:
-        if hasattr(error, "__notes__"):
-            raise
-        wrong_use = isinstance(error, ValueError | FileNotFoundError)
+        wrong_use = isinstance(error, ValueError | FileNotFoundError | filelock.Timeout)
         if RANK == 0 or not wrong_use:                         # all say alike what is wrong
             sentence = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
             print(f"{Path(__file__).name}: error: {sentence}", file=sys.stderr, flush=True)
@@ -946,9 +910,8 @@ def read_flags(doc, flags, argv):
     parser.error = refuse
     for name, (value, text, *choices) in flags.items():
         several = isinstance(value, tuple)
-        how = dict(type=type(value[0] if several else value), choices=choices or None)
-        if several:
-            how["nargs"] = "+"
+        how = dict(type=type(value[0] if several else value), nargs="+" if several else None)
+        how["choices"] = choices or None
         if isinstance(value, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
@@ -969,10 +932,8 @@ def pick_device(device, dtype):
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device != "cpu":
-        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if torch.get_device_module(device).device_count() < wanted:
-            refuse(f"--device {device}: there are fewer than {wanted}")
+    if device != "cpu" and torch.get_device_module(device).device_count() < LOCAL_WORLD:
+        refuse(f"--device {device}: there are fewer than {LOCAL_WORLD}")
     native = False
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
@@ -1060,15 +1021,11 @@ def open_images(dataset, data_path, train, size, channels, device):
         root = Path(data_path, there[0] if there else names[0])
         items = ImageFolder(root, functools.partial(fit, size=size))
         items.loader = functools.partial(open_picture, channels=channels)
-        folders = {os.path.dirname(file) for file, _ in items.samples}
-        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-            refuse(f"{root} reaches a folder twice, by a link")
         labels, classes = torch.tensor(items.targets), items.classes
         if size > 64:
             return Images(items, labels, classes, size, white)
         pixels = torch.stack([pixels for pixels, _ in items])
     else:
-        import filelock
         import torchvision
 
         kinds = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}

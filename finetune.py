@@ -39,8 +39,8 @@ import os
 import re
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import InterpolationMode, v2
@@ -107,7 +108,7 @@ RUN_FLAGS = {                           # how to run: these may change when a ru
     "data_path": ("data", "where the data set lies"),
     "device": ("auto", "where to run", "auto", "cpu", "cuda", "mps"),
     "device_batch": (128, "most images of a process at a time; the rest accumulates"),
-    "workers": (0, "processes that read pictures, per process; 0: one a core less one"),
+    "workers": (8, "processes that read pictures, for each process; 0: none"),
     "compile": ("auto", "torch.compile; auto: on GPUs", "auto", "on", "off"),
 }
 PAPER = dict(                           # section 4.2 and appendix: ImageNet, ViT-B
@@ -217,14 +218,12 @@ def parse(argv):
         refuse("--sigma is needed")
     out = given.get("out", f"runs/{given.get('recipe', 'digits')}")
     init = given.get("init", f"{out}/pretrain.pt")
-    made_with = {}
     if "init" not in given and not Path(init).exists():
         refuse(f"there is no {init}: run pretrain.py first, or give --init FILE or scratch")
-    if init != "scratch":
-        checkpoint = read_checkpoint(init)
-        if checkpoint.get("kind") == "pretrain":
-            made_with = checkpoint.get("settings", {}) | checkpoint.get("data", {})
-            made_with["size"] = made_with.get("image_size")
+    made_with = {}
+    checkpoint = read_checkpoint(init) if init != "scratch" else {}
+    if checkpoint.get("kind") == "pretrain":
+        made_with = checkpoint["settings"] | {"size": checkpoint["data"]["image_size"]}
 
     # The recipe, unless the checkpoint was made by it: then data and model are the checkpoint's.
     recipe = given.get("recipe", made_with.get("recipe", "digits"))
@@ -237,7 +236,9 @@ def parse(argv):
             if given.get(key, values[key]) != values[key]:
                 refuse(f"--{key} {given[key]} contradicts {init}, made with {values[key]} (to "
                        "transfer it to other data, name another --recipe)")
-    check_dataset(given, values)
+    named = given.get("dataset", values["dataset"])
+    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
+        refuse(f"--dataset {named} needs a --recipe or a --model")
     objective = given.get("objective", values["objective"] if given["sigma"] else "gaussian")
     own = values["objective_args"] if objective == values["objective"] else ()
     values |= {"out": f"runs/{recipe}"} | given
@@ -246,9 +247,7 @@ def parse(argv):
 
     # A recipe's objective_args are for its own objective.
     words = [*own, *given.get("objective_args", ())]
-    file = objective.rpartition(":")[0]
-    args.objective_sha256 = sha256(file) if Path(file).is_file() else ""
-    function = open_objective(objective, args.objective_sha256)
+    function, args.objective_sha256 = open_objective(objective)
     args.objective_args = hyperparameters(function, args.sigma, words)
     return args
 
@@ -311,13 +310,12 @@ def consistency(
     return cross_entropy(logits, targets, label_smoothing) + consistency_loss(logits, lam, eta)
 
 
-@functools.cache
-def open_objective(name, file_sha256=""):
-    """The objective of that name, or of that FILE.py:NAME, whose content it is."""
+def open_objective(name):
+    """The objective of that name, or of that FILE.py:NAME, and the file's sha256."""
     built_in = {"gaussian": gaussian, "consistency": consistency}
-    if name not in built_in and ":" not in name:
-        refuse(f"--objective is gaussian, consistency or FILE.py:NAME, not {name}")
-    return built_in.get(name) or open_plug(name, "--objective")
+    if name in built_in:
+        return built_in[name], ""
+    return open_plug(name, "--objective")
 
 
 def hyperparameters(objective, sigma, given):
@@ -350,13 +348,9 @@ def noisy_logits(network, dtype):
         """In eval mode and outside of DDP; gradients reach x and no weight."""
         model = getattr(network, "module", network)
         training = model.training
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        logits = logits_of(model, x, noise)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        logits = logits_of(functools.partial(functional_call, model, weights), x, noise)
         model.train(training)
         return logits
 
@@ -377,7 +371,8 @@ def make_augment(kind, images, erasing):
     if (kind in ("resized-crop", "rand-augment")) != (images.size > 64):
         refuse(f"--augment {kind} is not for pictures of {images.size} pixels")
     if images.size <= 64:
-        return shift_and_flip(images.size // 8 if "shift" in kind else 0, "flip" in kind)
+        how = dict(shift=images.size // 8 if "shift" in kind else 0, flip="flip" in kind)
+        return functools.partial(shift_and_flip, **how)
     crop = v2.RandomResizedCrop(images.size, interpolation=InterpolationMode.BICUBIC)
     steps = [v2.PILToTensor(), crop, v2.RandomHorizontalFlip()]
     if kind == "rand-augment":
@@ -387,11 +382,8 @@ def make_augment(kind, images, erasing):
 
 def make_mix(mixup, cutmix, classes):
     """(images, labels) -> (images, targets (B, classes)): mixup or cutmix, where it is not 0."""
-    mixes = []
-    if mixup:
-        mixes.append(v2.MixUp(alpha=mixup, num_classes=classes))
-    if cutmix:
-        mixes.append(v2.CutMix(alpha=cutmix, num_classes=classes))
+    both = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in both if alpha]
     if mixes:
         return v2.RandomChoice(mixes)
     return lambda images, labels: (images, F.one_hot(labels, classes).to(images))
@@ -409,15 +401,14 @@ def open_data(args, device):
         refuse(f"{args.data_path}: only in one of training and test are {', '.join(odd[:3])}")
     train, held_out = hold_out(len(images.labels), args.holdout)
     if args.labels_per_class:
-        count = args.labels_per_class
-        train = few_labels(train, images.labels, len(images.classes), count, args.seed)
+        train = few_labels(train, images.labels, args.labels_per_class, args.seed)
     return images, test, train, held_out
 
 
-def few_labels(train, labels, classes, count, seed):
+def few_labels(train, labels, count, seed):
     """`count` of the images `train` (m,) of each class, chosen by the seed, repeated up to m."""
     order = train[torch.randperm(len(train), generator=generator(seed_of(seed)))]
-    chosen = torch.cat([order[labels[order] == label][:count] for label in range(classes)])
+    chosen = torch.cat([order[labels[order] == label][:count] for label in labels.unique()])
     return chosen.repeat(math.ceil(len(train) / len(chosen)))[:len(train)]
 
 
@@ -429,15 +420,9 @@ def few_labels(train, labels, classes, count, seed):
 def build_model(args, classes, device):
     """The classifier with the pre-trained encoder, on the device; a probe trains its head alone."""
     torch.manual_seed(args.seed)
-    pixels = args.normalisation or {"folder": "imagenet"}.get(args.dataset, args.dataset)
-    model = build_vit(
-        args.model,
-        classes,
-        pool="cls" if args.linear_probe else "mean",
-        probe=args.linear_probe,
-        drop_path=args.drop_path,
-        **NORMALISATION[pixels],
-    )
+    pixels = NORMALISATION[args.normalisation or args.dataset.replace("folder", "imagenet")]
+    probe = dict(pool="cls", probe=True) if args.linear_probe else {}
+    model = build_vit(args.model, classes, drop_path=args.drop_path, **probe, **pixels)
     if args.init != "scratch":
         missing, left_over = load_encoder(model, args.init)
         say(f"{args.init}: {len(missing)} tensors start anew, {len(left_over)} are left out")
@@ -527,8 +512,7 @@ def accuracy(model, images, index, sigma, copies, args, device):
             votes = votes + rearrange(answers, "(m b) k -> m b k", b=len(x)).sum(dim=0)
         right += (votes.argmax(dim=1) == labels).sum()
     model.train()
-    (right,) = sum_over_ranks(float(right))
-    return round(right / len(index), 6)
+    return round(sum_over_ranks(float(right)) / len(index), 6)
 
 
 def evenly_spaced(index, count):
@@ -581,10 +565,9 @@ def train_step(network, optimizer, batches, mix, accumulate, objective, args, st
 def finetune(args):
     """The stage, from the pre-trained encoder to the classifier that is certified."""
     device, args.dtype = pick_device(args.device, args.dtype)
-    start_processes(device)
     torch.backends.cuda.enable_flash_sdp((device.type, args.dtype) != ("cpu", "bf16"))
     stem = f"{args.out}/finetune_sigma_{args.sigma:g}"
-    objective = open_objective(args.objective, args.objective_sha256)
+    objective, _ = open_objective(args.objective)
 
     # Data, network, optimizer.
     images, test, train, held_out = open_data(args, device)
@@ -660,34 +643,22 @@ def main(argv=None):
 # ==================================================================================================
 
 
-def check_dataset(given, values):
-    """Other data than those of the recipe that nobody named need a recipe, or a model."""
-    named = given.get("dataset", values["dataset"])
-    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
-        refuse(f"--dataset {named} needs a --recipe or a --model: without, they are for "
-               f"{values['dataset']}")
-
-
-def start_processes(device):
-    """Join torchrun's process group, if there is one: gloo for CPUs, NCCL for GPUs."""
+def parallelise(model, args, device):
+    """The network to train: compiled in place where wanted; DDP averages torchrun's gradients."""
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        model.compile()
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
 
 
-def sum_over_ranks(*values):
-    """The sums of a few numbers over all processes, on the CPU."""
-    total = torch.tensor(values, dtype=torch.float64)
+def sum_over_ranks(value):
+    """The sum of a number over all processes, on the CPU."""
+    total = torch.tensor(value, dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(total)
-    return total.tolist()
-
-
-def parallelise(model, args, device):
-    """The network to train: compiled in place where that is wanted; gradients averaged by DDP."""
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        model.compile()
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    return total.item()
 
 
 def seed_of(*position):
@@ -720,28 +691,23 @@ def micro_batches(index, batch, device_batch, epoch, seed):
     """The images of this process's micro-batches in an epoch; an epoch's rest is left out."""
     order = torch.randperm(len(index), generator=generator(seed_of(seed, epoch)))
     whole = index[order][:len(index) // batch * batch]
-    parts = [share.split(device_batch)[RANK::WORLD] for share in whole.split(batch)]
-    return [part for share in parts for part in share]
+    return whole.split(device_batch)[RANK::WORLD]
 
 
-def shift_and_flip(shift, flip):
-    """An augmentation of batches: up to `shift` pixels each way (borders repeat), left to right.
+def shift_and_flip(pixels, uniforms, shift, flip):
+    """Batches (B, C, S, S): up to `shift` pixels each way (borders repeat), and left to right.
 
-    augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
+    What happens to an image is a function of its uniforms (B, 4).
     """
-
-    def augment(pixels, uniforms):
-        side = torch.arange(pixels.shape[-1], device=pixels.device)          # S
-        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift         # B 2, -shift..shift
-        y = (side + offsets[:, :1]).clamp(0, len(side) - 1)                  # B S, source rows
-        x = (side + offsets[:, 1:]).clamp(0, len(side) - 1)                  # B S, source columns
-        if flip:
-            x = torch.where(uniforms[:, 2:3] < 0.5, x.flip(1), x)
-        image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
-        channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
-        return pixels[image, channel, y[:, None, :, None], x[:, None, None, :]]       # B C S S
-
-    return augment
+    side = torch.arange(pixels.shape[-1], device=pixels.device)              # S
+    offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift             # B 2, -shift..shift
+    y = (side + offsets[:, :1]).clamp(0, len(side) - 1)                      # B S, source rows
+    x = (side + offsets[:, 1:]).clamp(0, len(side) - 1)                      # B S, source columns
+    if flip:
+        x = torch.where(uniforms[:, 2:3] < 0.5, x.flip(1), x)
+    image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
+    channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
+    return pixels[image, channel, y[:, None, :, None], x[:, None, None, :]]  # B C S S
 
 
 class Pictures(Dataset):
@@ -774,9 +740,6 @@ def load_batches(images, batches, device, augment=None, seed=0, epoch=0, workers
         return
     folder = copy.copy(images.items)
     folder.transform = augment or folder.transform
-    if not workers:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     loader = DataLoader(
         Pictures(folder, seed, epoch),
         batch_sampler=[index.tolist() for index in batches],
@@ -799,12 +762,10 @@ def run_directory(stem, settings):
         if RANK == 0:
             lock.acquire()
             begin(stem, settings, RUN_FLAGS)
-    except filelock.Timeout:
-        problem = ValueError(f"{stem} is in use by another process")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:                     # of a lock that is taken, too
         problem = error
     try:
-        if any(sum_over_ranks(problem is not None)):
+        if sum_over_ranks(problem is not None):
             raise problem or SystemExit(2)
         yield
     finally:
@@ -813,7 +774,7 @@ def run_directory(stem, settings):
 
 def mean_loss(loss, epoch):
     """The mean of the processes' losses in an epoch; one that is not finite ends the run."""
-    (total,) = sum_over_ranks(float(loss))
+    total = sum_over_ranks(float(loss))
     if not math.isfinite(total):
         raise FloatingPointError(f"loss {total} in epoch {epoch}: the last checkpoint stays "
                                  "(try --dtype fp32 or a smaller --base-lr)")
@@ -872,14 +833,14 @@ def users_file(place):
     """An error inside keeps its traceback, and ends with a line that says where it was."""
     try:
         yield
-    except Exception as error:
-        if not isinstance(error, Refusal):
-            error.add_note(f"{Path(__file__).name}: error: in {place}")
+    except Refusal:
         raise
+    except Exception as error:
+        raise RuntimeError(f"in {place}") from error
 
 
 def open_plug(place, flag):
-    """What FILE.py:NAME names, by an import: FILE's folder comes first on the path.
+    """(what FILE.py:NAME names, FILE's sha256), by an import: its folder comes first on the path.
 
     `from certify import ...` in FILE is the running certify.py; likewise finetune.
     """
@@ -897,11 +858,7 @@ def open_plug(place, flag):
         refuse(f"{place} is a class: name an instance of it ({flag})")
     if not callable(found):
         refuse(f"{file} has no function {name!r} ({flag} FILE.py:NAME)")
-    return found
-
-
-def sha256(file):
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found, hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 # ==================================================================================================
@@ -910,33 +867,22 @@ def sha256(file):
 
 RANK = int(os.environ.get("RANK", 0))                          # of this process, of WORLD of them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine, of LOCAL_WORLD
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 BELOW = dict(mask_ratio=1, erasing=1, drop_path=1, alpha=1, seed=2**32)          # limits of flags
 OTHER_NAMES = {"n": ["--N"], "n0": ["--N0"], "max": ["--limit"]}       # that torchrun leaves alone
 
-
-class Images(NamedTuple):
-    """Labelled images: items[i] is (pixels uint8 (C, S, S), label); a TensorDataset in memory."""
-
-    items: Dataset
-    labels: torch.Tensor                                       # M
-    classes: list                                              # their names
-    size: int                                                  # S
-    white: int                                                 # the pixels' largest value
+# items[i]: (pixels uint8 (C, S, S), label), a TensorDataset in memory; white: the largest value.
+Images = namedtuple("Images", "items labels classes size white")
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wrong use ends in one line and status 2, a run that breaks in one line and status 1.
-
-    An error in a user's file has a note (users_file), and keeps its traceback.
-    """
+    """Wrong use ends in one line and status 2, a run that breaks in one line and status 1."""
     try:
         yield
     except (ValueError, OSError, ArithmeticError) as error:
-        if hasattr(error, "__notes__"):
-            raise
-        wrong_use = isinstance(error, ValueError | FileNotFoundError)
+        wrong_use = isinstance(error, ValueError | FileNotFoundError | filelock.Timeout)
         if RANK == 0 or not wrong_use:                         # all say alike what is wrong
             sentence = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
             print(f"{Path(__file__).name}: error: {sentence}", file=sys.stderr, flush=True)
@@ -963,9 +909,8 @@ def read_flags(doc, flags, argv):
     parser.error = refuse
     for name, (value, text, *choices) in flags.items():
         several = isinstance(value, tuple)
-        how = dict(type=type(value[0] if several else value), choices=choices or None)
-        if several:
-            how["nargs"] = "+"
+        how = dict(type=type(value[0] if several else value), nargs="+" if several else None)
+        how["choices"] = choices or None
         if isinstance(value, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
@@ -986,10 +931,8 @@ def pick_device(device, dtype):
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device != "cpu":
-        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if torch.get_device_module(device).device_count() < wanted:
-            refuse(f"--device {device}: there are fewer than {wanted}")
+    if device != "cpu" and torch.get_device_module(device).device_count() < LOCAL_WORLD:
+        refuse(f"--device {device}: there are fewer than {LOCAL_WORLD}")
     native = False
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
@@ -1077,15 +1020,11 @@ def open_images(dataset, data_path, train, size, channels, device):
         root = Path(data_path, there[0] if there else names[0])
         items = ImageFolder(root, functools.partial(fit, size=size))
         items.loader = functools.partial(open_picture, channels=channels)
-        folders = {os.path.dirname(file) for file, _ in items.samples}
-        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-            refuse(f"{root} reaches a folder twice, by a link")
         labels, classes = torch.tensor(items.targets), items.classes
         if size > 64:
             return Images(items, labels, classes, size, white)
         pixels = torch.stack([pixels for pixels, _ in items])
     else:
-        import filelock
         import torchvision
 
         kinds = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}

@@ -339,7 +339,10 @@ class DenoisingMaskedAutoencoder(Encoder):
 # Named sizes
 # --------------------------------------------------------------------------------------------------
 
-DECODER = dict(decoder_dim=512, decoder_depth=8, decoder_heads=16)          # as published
+CIFAR = dict(image_size=32, patch_size=4, channels=3)
+IMAGENET = dict(                                               # as published
+    image_size=224, patch_size=16, channels=3, decoder_dim=512, decoder_depth=8, decoder_heads=16,
+)
 SIZES = {
     "vit_digits": dict(
         image_size=8, patch_size=2, channels=1, dim=64, depth=3, heads=2, mlp_ratio=2.0,
@@ -350,48 +353,36 @@ SIZES = {
         decoder_dim=64, decoder_depth=1, decoder_heads=2,
     ),
     "vit_cifar_tiny": dict(
-        image_size=32, patch_size=4, channels=3, dim=128, depth=4, heads=4,
-        decoder_dim=96, decoder_depth=1, decoder_heads=3,
+        CIFAR, dim=128, depth=4, heads=4, decoder_dim=96, decoder_depth=1, decoder_heads=3,
     ),
     "vit_cifar_small": dict(
-        image_size=32, patch_size=4, channels=3, dim=256, depth=8, heads=4,
-        decoder_dim=128, decoder_depth=1, decoder_heads=4,
+        CIFAR, dim=256, depth=8, heads=4, decoder_dim=128, decoder_depth=1, decoder_heads=4,
     ),
     "vit_cifar": dict(
-        image_size=32, patch_size=4, channels=3, dim=384, depth=12, heads=6,
-        decoder_dim=192, decoder_depth=2, decoder_heads=3,
+        CIFAR, dim=384, depth=12, heads=6, decoder_dim=192, decoder_depth=2, decoder_heads=3,
     ),
-    "vit_base_patch16": dict(
-        image_size=224, patch_size=16, channels=3, dim=768, depth=12, heads=12, **DECODER,
-    ),
-    "vit_large_patch16": dict(
-        image_size=224, patch_size=16, channels=3, dim=1024, depth=24, heads=16, **DECODER,
-    ),
-    "vit_huge_patch14": dict(
-        image_size=224, patch_size=14, channels=3, dim=1280, depth=32, heads=16, **DECODER,
-    ),
+    "vit_base_patch16": dict(IMAGENET, dim=768, depth=12, heads=12),
+    "vit_large_patch16": dict(IMAGENET, dim=1024, depth=24, heads=16),
+    "vit_huge_patch14": dict(IMAGENET, patch_size=14, dim=1280, depth=32, heads=16),
 }
 
 
 def build_dmae(name, **overrides):
     """A DenoisingMaskedAutoencoder of a named size, arguments replaced; .config rebuilds it."""
-    return _build(DenoisingMaskedAutoencoder, _size(name) | overrides)
+    return _build(DenoisingMaskedAutoencoder, name, overrides)
 
 
 def build_vit(name, num_classes, **overrides):
     """A VisionTransformer of a named size, arguments replaced; .config rebuilds it."""
-    size = _size(name).items()
-    encoder = {key: value for key, value in size if not key.startswith("decoder_")}
-    return _build(VisionTransformer, encoder | {"num_classes": num_classes} | overrides)
+    return _build(VisionTransformer, name, {"num_classes": num_classes} | overrides)
 
 
-def _size(name):
+def _build(network, name, overrides):
     if name not in SIZES:
         raise ValueError(f"unknown model {name!r}: there are {', '.join(SIZES)}")
-    return SIZES[name]
-
-
-def _build(network, config):
+    config = SIZES[name] | overrides
+    if network is VisionTransformer:
+        config = {key: value for key, value in config.items() if not key.startswith("decoder_")}
     config = NORMALISATION["imagenet" if config["channels"] == 3 else "digits"] | config
     size, patch, channels = (config[key] for key in ("image_size", "patch_size", "channels"))
     if size < patch or size % patch:
@@ -454,12 +445,9 @@ def read_checkpoint(path, kind=None):
     or "finetune", to accept a checkpoint of that stage of ours only.
     """
     content = read_file(path)
-    known = [*ENTRIES, *content.keys()]
-    entries = sorted((key for key in content if is_state_dict(content[key])), key=known.index)
-    state = content[entries[0]] if entries else content
+    entries = [content.get(key) for key in ENTRIES] + [*content.values()]
+    state = next((entry for entry in entries if is_state_dict(entry)), content)
     found = ", ".join(list(map(str, state))[:4]) or "nothing"
-    if not is_state_dict(state):
-        raise ValueError(f"{path} holds no weights (bare, or as model, ...), but {found}")
     state = our_names(state)
     if "patch_embed.proj.weight" not in state:
         raise ValueError(f"{path} holds no vision transformer (cls_token, patch_embed.proj.weight, "
@@ -471,8 +459,7 @@ def read_checkpoint(path, kind=None):
     if kind and not (ours and content.get("kind") == kind):
         raise ValueError(f"{path} is not a checkpoint of {kind}.py (others' classifiers: vit = "
                          "build_vit(...); load_encoder(vit, FILE) in a file for --classifier)")
-    rest = content if entries else {}
-    return rest | {"model": state}
+    return content | {"model": state}
 
 
 def read_file(path):
@@ -528,8 +515,8 @@ def our_names(state):
 def load_weights(model, state, origin, may_miss=(), may_leave=()):
     """Copy `state` into `model`, or raise a ValueError that names what does not fit in `origin`.
 
-    Keys may be missing from `state`, or be left over in it, if they start with one of the given
-    prefixes. Returns the lists of both.
+    Positions of another grid are interpolated. Keys may be missing from `state`, or be left over in
+    it, if they start with one of the given prefixes. Returns the lists of both.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -537,6 +524,9 @@ def load_weights(model, state, origin, may_miss=(), may_leave=()):
     wrong = [f"{key} is missing" for key in missing if not key.startswith(tuple(may_miss))]
     wrong += [f"{key} is unexpected" for key in left_over if not key.startswith(tuple(may_leave))]
     common = {key: state[key] for key in own if key in state}
+    for key in [key for key in common if key.endswith("pos_embed")]:
+        if common[key].ndim == 3 and common[key].shape[1] != own[key].shape[1]:
+            common[key] = interpolate_positions(common[key].float(), model.grid)
     for key, value in common.items():
         if value.shape != own[key].shape:
             wrong.append(f"{key} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
@@ -551,16 +541,6 @@ def load_weights(model, state, origin, may_miss=(), may_leave=()):
     return missing, left_over
 
 
-def fit_positions(state, model):
-    """The state dict with its tables of positions interpolated to the model's grid."""
-    state = dict(state)
-    for name in {"pos_embed", "decoder_pos_embed"} & state.keys() & model.state_dict().keys():
-        table = state[name]
-        if table.ndim == 3 and table.shape[1] != getattr(model, name).shape[1]:
-            state[name] = interpolate_positions(table.float(), model.grid)
-    return state
-
-
 def load_encoder(vit, path):
     """Start a classifier from pre-trained weights: ours, the published DMAE's, MAE's, or timm's.
 
@@ -568,7 +548,7 @@ def load_encoder(vit, path):
     head (and `fc_norm` after pre-training) start fresh. Returns (missing, left over), the two lists
     of keys; anything else that does not fit raises ValueError.
     """
-    state = fit_positions(read_checkpoint(path)["model"], vit)
+    state = read_checkpoint(path)["model"]
     own = vit.state_dict()
     for key in ("head.weight", "head.bias"):
         if key in state and key in own and state[key].shape != own[key].shape:
@@ -582,7 +562,7 @@ def load_autoencoder(dmae, path):
 
     A head is left over. Returns and raises as load_encoder().
     """
-    state = fit_positions(read_checkpoint(path)["model"], dmae)
+    state = read_checkpoint(path)["model"]
     decoder = ("decoder_", "mask_token")
     whole = any(name.startswith(decoder) for name in state)
     return load_weights(dmae, state, path, () if whole else decoder, may_leave=("head.",))

@@ -28,8 +28,8 @@ import math
 import os
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -91,7 +91,7 @@ RUN_FLAGS = {                           # how to run: these may change when a ru
     "data_path": ("data", "where the data set lies"),
     "device": ("auto", "where to run", "auto", "cpu", "cuda", "mps"),
     "device_batch": (128, "most images of a process at a time; the rest accumulates"),
-    "workers": (0, "processes that read pictures, per process; 0: one a core less one"),
+    "workers": (8, "processes that read pictures, for each process; 0: none"),
     "compile": ("auto", "torch.compile; auto: on GPUs", "auto", "on", "off"),
 }
 PAPER = dict(                           # section 4.1 and appendix: ImageNet
@@ -166,7 +166,9 @@ def parse(argv):
     given = read_flags(__doc__, table, argv)
     recipe = given.get("recipe", "digits")
     values = {name: value for name, (value, *_) in table.items()} | RECIPES[recipe]
-    check_dataset(given, values)
+    named = given.get("dataset", values["dataset"])
+    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
+        refuse(f"--dataset {named} needs a --recipe or a --model")
     return argparse.Namespace(**values | {"out": f"runs/{recipe}"} | given)
 
 
@@ -182,7 +184,8 @@ def make_augment(kind, images):
     if (kind == "resized-crop") != (images.size > 64):
         refuse(f"--augment {kind} is not for pictures of {images.size} pixels")
     if images.size <= 64:
-        return shift_and_flip(images.size // 8 if "shift" in kind else 0, "flip" in kind)
+        how = dict(shift=images.size // 8 if "shift" in kind else 0, flip="flip" in kind)
+        return functools.partial(shift_and_flip, **how)
     bicubic = InterpolationMode.BICUBIC
     crop = v2.RandomResizedCrop(images.size, scale=(0.2, 1), interpolation=bicubic)
     return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip()])
@@ -191,13 +194,8 @@ def make_augment(kind, images):
 def build_model(args, device):
     """The autoencoder, with the weights of --init if there are any, on the device."""
     torch.manual_seed(args.seed)
-    pixels = args.normalisation or {"folder": "imagenet"}.get(args.dataset, args.dataset)
-    model = build_dmae(
-        args.model,
-        norm_pix=args.norm_pix,
-        loss_on=args.loss_on,
-        **NORMALISATION[pixels],
-    )
+    pixels = NORMALISATION[args.normalisation or args.dataset.replace("folder", "imagenet")]
+    model = build_dmae(args.model, norm_pix=args.norm_pix, loss_on=args.loss_on, **pixels)
     if int(math.prod(model.grid) * (1 - args.mask_ratio)) == 0:
         refuse(f"--mask-ratio {args.mask_ratio} keeps no patch at all")
     if args.init:
@@ -236,9 +234,7 @@ def reconstruct(model, clean, prediction):
 def draw(path, model, clean, args):
     """A column an image: clean; noisy; with patches dropped, too (grey): the input; restored."""
     noise, mask_noise = draw_corruption(clean, model.grid, args.seed)
-    model.eval()
     _, prediction, mask = model(clean, args.sigma, args.mask_ratio, noise, mask_noise)
-    model.train()
     pixels = repeat(mask, "b n -> b n d", d=prediction.shape[-1])            # B N P*P*C
     dropped = unpatchify(pixels, model.patch_size, model.grid)               # B C H W
     dropped = F.interpolate(dropped, clean.shape[-2:])
@@ -283,7 +279,6 @@ def train_step(network, optimizer, batches, accumulate, args, step):
 def pretrain(args):
     """The stage, from the first image to the last checkpoint."""
     device, args.dtype = pick_device(args.device, args.dtype)
-    start_processes(device)
     torch.backends.cuda.enable_flash_sdp((device.type, args.dtype) != ("cpu", "bf16"))
     stem = f"{args.out}/pretrain"
 
@@ -351,34 +346,22 @@ def main(argv=None):
 # ==================================================================================================
 
 
-def check_dataset(given, values):
-    """Other data than those of the recipe that nobody named need a recipe, or a model."""
-    named = given.get("dataset", values["dataset"])
-    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
-        refuse(f"--dataset {named} needs a --recipe or a --model: without, they are for "
-               f"{values['dataset']}")
-
-
-def start_processes(device):
-    """Join torchrun's process group, if there is one: gloo for CPUs, NCCL for GPUs."""
+def parallelise(model, args, device):
+    """The network to train: compiled in place where wanted; DDP averages torchrun's gradients."""
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
+        model.compile()
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
 
 
-def sum_over_ranks(*values):
-    """The sums of a few numbers over all processes, on the CPU."""
-    total = torch.tensor(values, dtype=torch.float64)
+def sum_over_ranks(value):
+    """The sum of a number over all processes, on the CPU."""
+    total = torch.tensor(value, dtype=torch.float64)
     if WORLD > 1:
         dist.all_reduce(total)
-    return total.tolist()
-
-
-def parallelise(model, args, device):
-    """The network to train: compiled in place where that is wanted; gradients averaged by DDP."""
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        model.compile()
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    return total.item()
 
 
 def seed_of(*position):
@@ -411,28 +394,23 @@ def micro_batches(index, batch, device_batch, epoch, seed):
     """The images of this process's micro-batches in an epoch; an epoch's rest is left out."""
     order = torch.randperm(len(index), generator=generator(seed_of(seed, epoch)))
     whole = index[order][:len(index) // batch * batch]
-    parts = [share.split(device_batch)[RANK::WORLD] for share in whole.split(batch)]
-    return [part for share in parts for part in share]
+    return whole.split(device_batch)[RANK::WORLD]
 
 
-def shift_and_flip(shift, flip):
-    """An augmentation of batches: up to `shift` pixels each way (borders repeat), left to right.
+def shift_and_flip(pixels, uniforms, shift, flip):
+    """Batches (B, C, S, S): up to `shift` pixels each way (borders repeat), and left to right.
 
-    augment(pixels (B, C, S, S), uniforms (B, 4)) -> pixels (B, C, S, S).
+    What happens to an image is a function of its uniforms (B, 4).
     """
-
-    def augment(pixels, uniforms):
-        side = torch.arange(pixels.shape[-1], device=pixels.device)          # S
-        offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift         # B 2, -shift..shift
-        y = (side + offsets[:, :1]).clamp(0, len(side) - 1)                  # B S, source rows
-        x = (side + offsets[:, 1:]).clamp(0, len(side) - 1)                  # B S, source columns
-        if flip:
-            x = torch.where(uniforms[:, 2:3] < 0.5, x.flip(1), x)
-        image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
-        channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
-        return pixels[image, channel, y[:, None, :, None], x[:, None, None, :]]       # B C S S
-
-    return augment
+    side = torch.arange(pixels.shape[-1], device=pixels.device)              # S
+    offsets = (uniforms[:, :2] * (2 * shift + 1)).long() - shift             # B 2, -shift..shift
+    y = (side + offsets[:, :1]).clamp(0, len(side) - 1)                      # B S, source rows
+    x = (side + offsets[:, 1:]).clamp(0, len(side) - 1)                      # B S, source columns
+    if flip:
+        x = torch.where(uniforms[:, 2:3] < 0.5, x.flip(1), x)
+    image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
+    channel = torch.arange(pixels.shape[1], device=pixels.device)[:, None, None]
+    return pixels[image, channel, y[:, None, :, None], x[:, None, None, :]]  # B C S S
 
 
 class Pictures(Dataset):
@@ -465,9 +443,6 @@ def load_batches(images, batches, device, augment=None, seed=0, epoch=0, workers
         return
     folder = copy.copy(images.items)
     folder.transform = augment or folder.transform
-    if not workers:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
     loader = DataLoader(
         Pictures(folder, seed, epoch),
         batch_sampler=[index.tolist() for index in batches],
@@ -490,12 +465,10 @@ def run_directory(stem, settings):
         if RANK == 0:
             lock.acquire()
             begin(stem, settings, RUN_FLAGS)
-    except filelock.Timeout:
-        problem = ValueError(f"{stem} is in use by another process")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:                     # of a lock that is taken, too
         problem = error
     try:
-        if any(sum_over_ranks(problem is not None)):
+        if sum_over_ranks(problem is not None):
             raise problem or SystemExit(2)
         yield
     finally:
@@ -504,7 +477,7 @@ def run_directory(stem, settings):
 
 def mean_loss(loss, epoch):
     """The mean of the processes' losses in an epoch; one that is not finite ends the run."""
-    (total,) = sum_over_ranks(float(loss))
+    total = sum_over_ranks(float(loss))
     if not math.isfinite(total):
         raise FloatingPointError(f"loss {total} in epoch {epoch}: the last checkpoint stays "
                                  "(try --dtype fp32 or a smaller --base-lr)")
@@ -559,33 +532,22 @@ def finish(stem, weights, started, **rest):
 
 RANK = int(os.environ.get("RANK", 0))                          # of this process, of WORLD of them
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))              # on this machine, of LOCAL_WORLD
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 BELOW = dict(mask_ratio=1, erasing=1, drop_path=1, alpha=1, seed=2**32)          # limits of flags
 OTHER_NAMES = {"n": ["--N"], "n0": ["--N0"], "max": ["--limit"]}       # that torchrun leaves alone
 
-
-class Images(NamedTuple):
-    """Labelled images: items[i] is (pixels uint8 (C, S, S), label); a TensorDataset in memory."""
-
-    items: Dataset
-    labels: torch.Tensor                                       # M
-    classes: list                                              # their names
-    size: int                                                  # S
-    white: int                                                 # the pixels' largest value
+# items[i]: (pixels uint8 (C, S, S), label), a TensorDataset in memory; white: the largest value.
+Images = namedtuple("Images", "items labels classes size white")
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Wrong use ends in one line and status 2, a run that breaks in one line and status 1.
-
-    An error in a user's file has a note (users_file), and keeps its traceback.
-    """
+    """Wrong use ends in one line and status 2, a run that breaks in one line and status 1."""
     try:
         yield
     except (ValueError, OSError, ArithmeticError) as error:
-        if hasattr(error, "__notes__"):
-            raise
-        wrong_use = isinstance(error, ValueError | FileNotFoundError)
+        wrong_use = isinstance(error, ValueError | FileNotFoundError | filelock.Timeout)
         if RANK == 0 or not wrong_use:                         # all say alike what is wrong
             sentence = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
             print(f"{Path(__file__).name}: error: {sentence}", file=sys.stderr, flush=True)
@@ -612,9 +574,8 @@ def read_flags(doc, flags, argv):
     parser.error = refuse
     for name, (value, text, *choices) in flags.items():
         several = isinstance(value, tuple)
-        how = dict(type=type(value[0] if several else value), choices=choices or None)
-        if several:
-            how["nargs"] = "+"
+        how = dict(type=type(value[0] if several else value), nargs="+" if several else None)
+        how["choices"] = choices or None
         if isinstance(value, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
@@ -635,10 +596,8 @@ def pick_device(device, dtype):
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator else "cpu"
-    if device != "cpu":
-        wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if torch.get_device_module(device).device_count() < wanted:
-            refuse(f"--device {device}: there are fewer than {wanted}")
+    if device != "cpu" and torch.get_device_module(device).device_count() < LOCAL_WORLD:
+        refuse(f"--device {device}: there are fewer than {LOCAL_WORLD}")
     native = False
     if device == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
@@ -726,15 +685,11 @@ def open_images(dataset, data_path, train, size, channels, device):
         root = Path(data_path, there[0] if there else names[0])
         items = ImageFolder(root, functools.partial(fit, size=size))
         items.loader = functools.partial(open_picture, channels=channels)
-        folders = {os.path.dirname(file) for file, _ in items.samples}
-        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-            refuse(f"{root} reaches a folder twice, by a link")
         labels, classes = torch.tensor(items.targets), items.classes
         if size > 64:
             return Images(items, labels, classes, size, white)
         pixels = torch.stack([pixels for pixels, _ in items])
     else:
-        import filelock
         import torchvision
 
         kinds = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}

@@ -23,7 +23,7 @@ from certify import (
 def main(argv):
     files = argv[:next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))]
     args, checkpoint = parse(argv[len(files):])
-    procedure = open_procedure(args.procedure)
+    procedure, _ = open_procedure(args.procedure)
     f, test, device = open_for_certification(args, checkpoint)
     how = dict(sigma=args.sigma, n=args.n, alpha=args.alpha, seed=args.seed, batch=args.batch)
     names = {ABSTAIN: "abstains"} | dict(enumerate(test.classes))

@@ -22,7 +22,7 @@ from scipy.optimize import brentq
 from scipy.special import betaincc, betaln
 from scipy.stats import norm
 
-from certify import CHUNK, generator_for, lower_confidence_bound, rivals_of, two_sided_bounds
+from certify import CHUNK, generator_for, lower_confidence_bound, runner_up_of, two_sided_bounds
 
 FIRST, GROWTH = 1000, 1.1               # the looks: each a tenth later
 EARLY = 0.2                             # share of alpha for the anytime bounds
@@ -67,13 +67,11 @@ def radius_of(p_a, p_b, sigma):
 
 def bounds_after(counts, top, n, most, alpha, before):
     """Both pairs (p_a, p_b) after n of `most` draws, not worse than `before`."""
-    runner_up, rivals = rivals_of(counts, top, n)
     k, early = int(counts[top]), EARLY * alpha
+    others = n - runner_up_of(counts, top, n)                                # not the runner-up
     one = max(before["one-sided"][0], anytime_lower_bound(k, n, early))
     two = max(before["two-sided"][0], anytime_lower_bound(k, n, early / 2))
-    rival = before["two-sided"][1]
-    if rivals:
-        rival = min(rival, 1 - anytime_lower_bound(n - runner_up, n, early / 2))
+    rival = min(before["two-sided"][1], 1 - anytime_lower_bound(others, n, early / 2))
     if n >= most:
         one = max(one, lower_confidence_bound(k, n, alpha - early))
         p_a, p_b = two_sided_bounds(counts, top, n, alpha - early)
@@ -90,11 +88,11 @@ def largest_radius(counts, top, n, most, alpha, sigma, bound, before):
 
 def possible_radius(counts, top, n, sigma, bound):
     """The largest radius there may be, at an evidence of FUTILITY (notebook 07, (7.5))."""
-    runner_up, _ = rivals_of(counts, top, n)
     p_a = 1 - anytime_lower_bound(n - int(counts[top]), n, 1 / FUTILITY)
     if bound == "one-sided":
         return radius_of(p_a, 1 - p_a, sigma)
-    return radius_of(p_a, anytime_lower_bound(runner_up, n, 1 / FUTILITY), sigma)
+    p_b = anytime_lower_bound(runner_up_of(counts, top, n), n, 1 / FUTILITY)
+    return radius_of(p_a, p_b, sigma)
 
 
 def sequential(index, x, sigma, n0, n, alpha, seed, radii, bound):

@@ -656,7 +656,7 @@ for z_a, z_b, s in ((-0.1, 0.3, 0.5), (0.05, 0.2, 0.25), (0.1, 0.1, 1.0)):
 # asks for no such thing. $g$ is certified where $\underline{p_A} > \overline{p_B}$; $\underline{p_A} > \frac12$ is not
 # needed. And the argument of (2.5) remains: a false certificate requires that one of the bounds errs.
 #
-# In the scripts these are `upper_confidence_bound`, `rivals_of` (the largest count) and `two_sided_bounds`.
+# In the scripts these are `upper_confidence_bound`, `runner_up_of` and `two_sided_bounds`.
 
 # %%
 def upper_by_hand(k, n, a):
@@ -680,7 +680,7 @@ for classes in (2, 3, 10):
     for _ in range(10):
         tally = random.multinomial(random.integers(1, 80), random.dirichlet(np.ones(classes)))
         top, n = int(random.integers(classes)), int(tally.sum())            # any class: not only the most frequent
-        assert certify.rivals_of(tally, top, n) == (max(np.delete(tally, top)), classes - 1)
+        assert certify.runner_up_of(tally, top, n) == max(np.delete(tally, top))
         part = random.uniform(0.1, 0.9)
         for mine, theirs in (((), ()), ((part,), (part,))):                 # at 0.9, and at any other part
             pair = certify.two_sided_bounds(torch.tensor(tally), top, n, alpha, *theirs)

@@ -23,7 +23,6 @@ import pretrain
 
 def main(folder):
     device = torch.device("cpu")
-    pretrain.start_processes(device)
     args = pretrain.parse([])
     images = pretrain.open_images("digits", None, True, 8, 1, device)
     train, _ = pretrain.hold_out(len(images.labels), args.holdout)

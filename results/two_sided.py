@@ -18,7 +18,7 @@ from certify import ABSTAIN, certificate, two_sided_bounds
 
 
 def counts_of(top, count, runner_up, classes, n):
-    """Counts of which rivals_of() sees these; what is left over goes to the other classes."""
+    """Counts of which runner_up_of() sees these; what is left over goes to the other classes."""
     counts, left = [0] * classes, n - count
     for c in range(classes):
         if c != top:

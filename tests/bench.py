@@ -22,6 +22,7 @@ the system for it again in every layer.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -183,7 +184,7 @@ def cost(recipe, stage, dtype="bf16", batch=None):
                     return model(images, args.sigma, args.mask_ratio, *drawn)[0]
         else:
             model = build_vit(args.model, classes, drop_path=args.drop_path)
-            objective = finetune.open_objective(args.objective)
+            objective, _ = finetune.open_objective(args.objective)
             f = finetune.noisy_logits(model, dtype)
             given = (torch.rand(batch, classes), args.sigma, 0.0, args.epochs)
 
@@ -423,8 +424,9 @@ def memory_images(device, batch=500):
     pixels = torch.zeros(50_000, 3, 32, 32, dtype=torch.uint8, device=device)
     train = Images(TensorDataset(pixels, labels), labels, ["0"], 32, 255)
     order = micro_batches(torch.arange(50_000), batch, batch, 0, 0)[:40]
+    augment = functools.partial(shift_and_flip, shift=4, flip=True)
     start = time.perf_counter()
-    for _ in load_batches(train, order, device, shift_and_flip(4, True)):
+    for _ in load_batches(train, order, device, augment):
         pass
     if device.type == "cuda":
         torch.cuda.synchronize()

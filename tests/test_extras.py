@@ -76,4 +76,4 @@ def test_the_commands_of_its_docstring_parse(name, users_folder, monkeypatch):
             plug = words[words.index(flag) + 1]
             if plug != "mine.py:f":                            # the reader's
                 assert plug.startswith(f"extras/{name}.py:")
-                assert callable(STAGES[script].open_plug(plug, flag))
+                assert callable(STAGES[script].open_plug(plug, flag)[0])

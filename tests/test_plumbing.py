@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -113,8 +114,8 @@ def test_what_is_imported_is_in_the_requirements():
 # Copied files alone. No repository is on sys.path
 # --------------------------------------------------------------------------------------------------
 
-LEAN = ("matplotlib", "torchvision", "sklearn", "PIL", "tqdm", "filelock", "safetensors", "einops",
-        "model", "extras")
+LEAN = ("matplotlib", "torchvision", "sklearn", "PIL", "tqdm", "safetensors", "einops", "model",
+        "extras")
 LINEAR = """
 import torch
 def bright(images):
@@ -184,14 +185,11 @@ def test_the_certifier_alone_runs_on_any_classifier_and_reports(alone, tmp_path)
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_certifier_without_the_networks_says_what_it_needs_for_a_checkpoint(
-    alone, tiny_run, tmp_path
-):
+def test_the_certifier_without_the_networks_lacks_them_for_a_checkpoint(alone, tiny_run, tmp_path):
     job = alone(["certify.py"], "certify.py", "--sigma", "0.25", "--checkpoint",
                 tiny_run / "finetune_sigma_0.25.pt", "--out", "run")
-    assert (job.returncode, job.stdout) == (2, "") and not (tmp_path / "run").exists()
-    (line,) = job.stderr.splitlines()
-    assert line.startswith("certify.py: error: ") and "model.py" in line and "--classifier" in line
+    assert (job.returncode, job.stdout) == (1, "") and not (tmp_path / "run").exists()
+    assert job.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'model'"
 
 
 @pytest.mark.slow
@@ -252,7 +250,7 @@ def test_a_plug_imports_the_running_stage_extras_and_what_lies_beside_it(
     assert (main, here) == ("True", "5") and Path(place) == tmp_path / "extras" / f"{extra}.py"
     assert "KeyError: 'reached'" in job.stderr and 'plug.py", line' in job.stderr
     assert job.returncode == 1
-    assert job.stderr.splitlines()[-1].startswith(f"{stage}.py: error: in the import of ")
+    assert job.stderr.splitlines()[-1].startswith("RuntimeError: in the import of ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,5 +267,5 @@ def test_a_refused_run_lets_go_of_its_directory(tmp_path):
         run_directory(stem, dict(n=2)).__enter__()
     with run_directory(stem, dict(n=1)):
         assert error.value.args
-        with pytest.raises(ValueError, match="in use by another process"):
+        with pytest.raises(filelock.Timeout):
             run_directory(stem, dict(n=1)).__enter__()

@@ -1,7 +1,6 @@
 """What recipes and flags stand for: the paper's values, RandAugment, a step, dtypes, workers."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from torchvision.transforms import v2
 import certify
 import finetune
 import pretrain
-from finetune import make_augment, noisy_logits, open_images
+from finetune import make_augment, noisy_logits
 
 CPU = torch.device("cpu")
 
@@ -277,7 +276,7 @@ def test_auto_is_the_accelerator_and_bf16_on_gpus_that_have_it_natively(
     assert module.pick_device("cpu", "auto") == (CPU, "fp32")
     assert module.pick_device("auto", "bf16")[1] == "bf16"
     assert module.pick_device("auto", "fp32")[1] == "fp32"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(module, "LOCAL_WORLD", 2)
     if kind != "cpu":
         with pytest.raises(ValueError, match=f"--device {kind}.*fewer than 2"):
             module.pick_device("auto", "auto")
@@ -318,23 +317,3 @@ def test_logits_are_fp32_computed_in_the_dtype_that_is_asked_for():
             assert logits.dtype == torch.float32 and logits.shape == (3, 5, 3)
             assert (logits - exact).abs().max() < error
             assert torch.equal(logits, logits.bfloat16().float()) == (dtype == "bf16")
-
-
-@pytest.mark.parametrize("cores, processes, expected", [
-    (16, 1, 15), (64, 8, 7), (2, 2, 1), (1, 1, 1)])
-def test_workers_are_the_cores_of_a_process_less_one(
-    cores, processes, expected, monkeypatch, make_folder
-):
-    asked = []
-
-    def loader(*_, num_workers, **__):
-        asked.append(num_workers)
-        return ()
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setattr(finetune, "DataLoader", loader)
-    images = open_images("folder", make_folder(80), True, 80, 3, CPU)
-    for workers in (0, 3):
-        list(finetune.load_batches(images, [torch.tensor([0])], CPU, workers=workers))
-    assert asked == [expected, 3]

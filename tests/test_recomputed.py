@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "results"))
 from two_sided import counts_of, recompute  # noqa: E402
 
-from certify import rivals_of, two_sided_bounds  # noqa: E402
+from certify import runner_up_of, two_sided_bounds  # noqa: E402
 
 BEFORE = "0146837"                                             # a commit with halves of alpha
 LOGS = [
@@ -31,8 +31,8 @@ def names(file):
 def test_rebuilt_counts_give_the_same_pair(counts):
     n = sum(counts)
     for top in range(len(counts)):
-        runner_up, rivals = rivals_of(counts, top, n)
-        rebuilt = counts_of(top, counts[top], runner_up, rivals + 1, n)
+        runner_up = runner_up_of(counts, top, n)
+        rebuilt = counts_of(top, counts[top], runner_up, len(counts), n)
         assert sum(rebuilt) == n and rebuilt[top] == counts[top]
         for share in (0.5, 0.9):
             pair = two_sided_bounds(counts, top, n, 0.01, share)

@@ -195,7 +195,7 @@ def test_pictures_from_files_are_augmented_by_seed_epoch_and_image_alone(make_fo
 def test_shift_and_flip_is_a_crop_of_the_padded_image(shift, flip):
     pixels = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
     uniforms = torch.rand(64, 4)
-    result = shift_and_flip(shift, flip)(pixels, uniforms).numpy()
+    result = shift_and_flip(pixels, uniforms, shift, flip).numpy()
     seen = set()
     for image, u, out in zip(pixels.numpy(), uniforms, result, strict=True):
         padded = np.pad(image, ((0, 0), (shift, shift), (shift, shift)), mode="edge")
@@ -265,7 +265,7 @@ def test_pictures_up_to_64_pixels_stay_in_memory(make_folder):
 def test_a_few_labels_are_so_many_of_each_class_and_fixed_by_the_seed():
     labels = digits().labels
     train, _ = hold_out(1437, 0.1)
-    few, again, other = (few_labels(train, labels, 10, 4, seed) for seed in (0, 0, 1))
+    few, again, other = (few_labels(train, labels, 4, seed) for seed in (0, 0, 1))
     times = collections.Counter(few.tolist())
     assert times.keys() <= {*train.tolist()}                   # none that is held out
     assert collections.Counter(labels[[*times]].tolist()) == dict.fromkeys(range(10), 4)
@@ -440,7 +440,7 @@ def test_evaluation_counts_each_image_once_on_any_number_of_processes(
     alone = accuracy(linear, test, index, sigma, copies, evaluating(), CPU)
     whole = collections.Counter(linear.seen)
     linear.seen.clear()
-    monkeypatch.setattr(finetune, "sum_over_ranks", lambda *values: values)
+    monkeypatch.setattr(finetune, "sum_over_ranks", lambda value: value)
     shares = []
     for rank in range(world):
         as_process(monkeypatch, rank, world)

@@ -86,7 +86,7 @@ def posterior(labels, seed):
     )
     train, _ = finetune.hold_out(len(images.labels), 0.1)
     if labels != "all":                                                      # each of them once
-        train = finetune.few_labels(train, images.labels, 10, labels, seed)[:10 * labels]
+        train = finetune.few_labels(train, images.labels, labels, seed)[:10 * labels]
     pixels, answers = images.items[train]
     model = Posterior(pixels / images.white, answers, SIGMA)
 

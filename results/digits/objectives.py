@@ -139,7 +139,7 @@ def rebuild(file, device):
 def plug(place, files):
     """A --classifier of extras/, of these checkpoints."""
     os.environ["CHECKPOINTS"] = ":".join(map(str, files))
-    return certify.open_plug(place, "--classifier")
+    return certify.open_plug(place, "--classifier")[0]
 
 
 def measure(classifier, images, index, sigma, device):

@@ -110,7 +110,7 @@ def train(args, settings):
         finetune.refuse("LeNet is trained by one process")
     device, args.dtype = finetune.pick_device(args.device, args.dtype)
     settings["dtype"] = args.dtype
-    objective = finetune.open_objective(args.objective)
+    objective, _ = finetune.open_objective(args.objective)
 
     # Data: as finetune.py has them.
     images, _, index, held_out = finetune.open_data(args, device)
