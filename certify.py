@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -44,7 +43,7 @@ import time
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import filelock
 import numpy as np
@@ -133,9 +132,11 @@ def parse(argv):
     checkpoint, data, recipe = None, {}, given.get("recipe", "other")
     out = f"runs/{Path(given.get('classifier', '').split(':')[0]).stem}"
     if "classifier" not in given:
+        from model import read_checkpoint
+
         out = given.get("out", f"runs/{given.get('recipe', 'digits')}")
         file = given.setdefault("checkpoint", f"{out}/finetune_sigma_{given['sigma']:g}.pt")
-        checkpoint = read_classifier(file)
+        checkpoint = read_checkpoint(file, "finetune")
         if checkpoint.get("sigma") != given["sigma"]:
             say(f"note: {file} was fine-tuned for sigma {checkpoint.get('sigma')}")
         data = {key: checkpoint["data"][key] for key in ("dataset", "data_path")}
@@ -152,13 +153,6 @@ def parse(argv):
     if not shard or int(shard[1]) >= int(shard[2]):
         refuse(f"--shard must be I/K with I from 0 to K - 1, not {args.shard}")
     return args, checkpoint
-
-
-def read_classifier(file):
-    """A checkpoint of finetune.py."""
-    from model import read_checkpoint
-
-    return read_checkpoint(file, "finetune")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,7 +186,7 @@ def upper_confidence_bound(k, n, alpha):
 def runner_up_of(counts, top, n):
     """The largest count of another class than `top`. (notebook 02, (2.13))
 
-    A copy of the n that is missing from `counts` (classes,) could be anybody's: it counts as one.
+    A copy of the n that is missing from `counts` (classes,) could be anybody's: it is added.
     """
     others = [int(count) for c, count in enumerate(counts) if c != top]
     return max(others, default=0) + n - sum(map(int, counts))
@@ -380,9 +374,8 @@ def count_under_noise(classifier, requests, sigma, batch=CHUNK):
     """
     if batch % CHUNK and CHUNK % batch:
         raise ValueError(f"batch must be a multiple or a divisor of {CHUNK}, not {batch}")
-    chunks = []
-    for row, (*_, copies) in enumerate(requests):
-        chunks += [(row, min(CHUNK, copies - first)) for first in range(0, copies, CHUNK)]
+    chunks = [(row, min(CHUNK, copies - first)) for row, (*_, copies) in enumerate(requests)
+              for first in range(0, copies, CHUNK)]
 
     # A pass has room for so many chunks.
     _, x, _, _ = requests[0]
@@ -847,19 +840,18 @@ def open_plug(place, flag):
     """
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
-        refuse(f"there is no {file or place} ({flag} FILE.py:NAME)")
+        refuse(f"{flag} {place}: there is no such FILE.py:NAME")
     sys.modules.setdefault(Path(__file__).stem, sys.modules[__name__])
     sys.path.insert(0, str(Path(file).resolve().parent))
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    source = Path(file).read_bytes()
+    module = sys.modules[Path(file).stem] = ModuleType(Path(file).stem)
+    module.__file__ = file
     with users_file(f"the import of {file} ({flag})"):
-        spec.loader.exec_module(module)
+        exec(compile(source, file, "exec"), vars(module))
     found = getattr(module, name, None)
-    if isinstance(found, type):
-        refuse(f"{place} is a class: name an instance of it ({flag})")
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         refuse(f"{file} has no function {name!r} ({flag} FILE.py:NAME)")
-    return found, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found, hashlib.sha256(source).hexdigest()
 
 
 # ==================================================================================================
@@ -882,8 +874,8 @@ def one_line_errors():
     """Wrong use ends in one line and status 2, a run that breaks in one line and status 1."""
     try:
         yield
-    except (ValueError, OSError, ArithmeticError) as error:
-        wrong_use = isinstance(error, ValueError | FileNotFoundError | filelock.Timeout)
+    except (ValueError, OSError, ArithmeticError) as error:    # not what a user's file raises
+        wrong_use = isinstance(error, ValueError | FileNotFoundError)
         if RANK == 0 or not wrong_use:                         # all say alike what is wrong
             sentence = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
             print(f"{Path(__file__).name}: error: {sentence}", file=sys.stderr, flush=True)
@@ -909,9 +901,8 @@ def read_flags(doc, flags, argv):
     parser.allow_abbrev = False
     parser.error = refuse
     for name, (value, text, *choices) in flags.items():
-        several = isinstance(value, tuple)
-        how = dict(type=type(value[0] if several else value), nargs="+" if several else None)
-        how["choices"] = choices or None
+        nargs, one = ("+", value[0]) if isinstance(value, tuple) else (None, value)
+        how = dict(type=type(one), nargs=nargs, choices=choices or None)
         if isinstance(value, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
@@ -1021,6 +1012,9 @@ def open_images(dataset, data_path, train, size, channels, device):
         root = Path(data_path, there[0] if there else names[0])
         items = ImageFolder(root, functools.partial(fit, size=size))
         items.loader = functools.partial(open_picture, channels=channels)
+        folders = {os.path.dirname(file) for file, _ in items.samples}
+        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+            refuse(f"{root} reaches a folder twice, by a link")
         labels, classes = torch.tensor(items.targets), items.classes
         if size > 64:
             return Images(items, labels, classes, size, white)

@@ -31,7 +31,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
@@ -41,6 +40,7 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import ModuleType
 
 import filelock
 import numpy as np
@@ -567,7 +567,7 @@ def finetune(args):
     device, args.dtype = pick_device(args.device, args.dtype)
     torch.backends.cuda.enable_flash_sdp((device.type, args.dtype) != ("cpu", "bf16"))
     stem = f"{args.out}/finetune_sigma_{args.sigma:g}"
-    objective, _ = open_objective(args.objective)
+    objective, args.objective_sha256 = open_objective(args.objective)
 
     # Data, network, optimizer.
     images, test, train, held_out = open_data(args, device)
@@ -644,7 +644,7 @@ def main(argv=None):
 
 
 def parallelise(model, args, device):
-    """The network to train: compiled in place where wanted; DDP averages torchrun's gradients."""
+    """The network to train: compiled in place where wanted; torchrun's processes joined by DDP."""
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         model.compile()
     if WORLD > 1 and not dist.is_initialized():
@@ -695,7 +695,7 @@ def micro_batches(index, batch, device_batch, epoch, seed):
 
 
 def shift_and_flip(pixels, uniforms, shift, flip):
-    """Batches (B, C, S, S): up to `shift` pixels each way (borders repeat), and left to right.
+    """Pixels (B, C, S, S) moved by up to `shift` each way (borders repeat), half of them flipped.
 
     What happens to an image is a function of its uniforms (B, 4).
     """
@@ -802,6 +802,8 @@ def resume(stem, model, optimizer):
         optimizer.load_state_dict(state["optimizer"])
         say(f"continuing {last} after epoch {state['epoch']}")
         rows = log_file.read_text().splitlines(keepends=True)[:state["rows"]]
+    if sum_over_ranks(state["epoch"]) != WORLD * state["epoch"]:
+        refuse(f"{last} is not on a disk that all processes share")
     if RANK == 0:
         write(log_file, lambda file: file.write("".join(rows).encode()))
     return state, time.time() - (json.loads(rows[-1])["time"] if rows else 0)
@@ -846,19 +848,18 @@ def open_plug(place, flag):
     """
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
-        refuse(f"there is no {file or place} ({flag} FILE.py:NAME)")
+        refuse(f"{flag} {place}: there is no such FILE.py:NAME")
     sys.modules.setdefault(Path(__file__).stem, sys.modules[__name__])
     sys.path.insert(0, str(Path(file).resolve().parent))
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    source = Path(file).read_bytes()
+    module = sys.modules[Path(file).stem] = ModuleType(Path(file).stem)
+    module.__file__ = file
     with users_file(f"the import of {file} ({flag})"):
-        spec.loader.exec_module(module)
+        exec(compile(source, file, "exec"), vars(module))
     found = getattr(module, name, None)
-    if isinstance(found, type):
-        refuse(f"{place} is a class: name an instance of it ({flag})")
-    if not callable(found):
+    if not callable(found) or isinstance(found, type):
         refuse(f"{file} has no function {name!r} ({flag} FILE.py:NAME)")
-    return found, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found, hashlib.sha256(source).hexdigest()
 
 
 # ==================================================================================================
@@ -881,8 +882,8 @@ def one_line_errors():
     """Wrong use ends in one line and status 2, a run that breaks in one line and status 1."""
     try:
         yield
-    except (ValueError, OSError, ArithmeticError) as error:
-        wrong_use = isinstance(error, ValueError | FileNotFoundError | filelock.Timeout)
+    except (ValueError, OSError, ArithmeticError) as error:    # not what a user's file raises
+        wrong_use = isinstance(error, ValueError | FileNotFoundError)
         if RANK == 0 or not wrong_use:                         # all say alike what is wrong
             sentence = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
             print(f"{Path(__file__).name}: error: {sentence}", file=sys.stderr, flush=True)
@@ -908,9 +909,8 @@ def read_flags(doc, flags, argv):
     parser.allow_abbrev = False
     parser.error = refuse
     for name, (value, text, *choices) in flags.items():
-        several = isinstance(value, tuple)
-        how = dict(type=type(value[0] if several else value), nargs="+" if several else None)
-        how["choices"] = choices or None
+        nargs, one = ("+", value[0]) if isinstance(value, tuple) else (None, value)
+        how = dict(type=type(one), nargs=nargs, choices=choices or None)
         if isinstance(value, bool):
             how = dict(action=argparse.BooleanOptionalAction)
         names = [f"--{name.replace('_', '-')}", *OTHER_NAMES.get(name, [])]
@@ -1020,6 +1020,9 @@ def open_images(dataset, data_path, train, size, channels, device):
         root = Path(data_path, there[0] if there else names[0])
         items = ImageFolder(root, functools.partial(fit, size=size))
         items.loader = functools.partial(open_picture, channels=channels)
+        folders = {os.path.dirname(file) for file, _ in items.samples}
+        if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+            refuse(f"{root} reaches a folder twice, by a link")
         labels, classes = torch.tensor(items.targets), items.classes
         if size > 64:
             return Images(items, labels, classes, size, white)

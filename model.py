@@ -380,9 +380,10 @@ def build_vit(name, num_classes, **overrides):
 def _build(network, name, overrides):
     if name not in SIZES:
         raise ValueError(f"unknown model {name!r}: there are {', '.join(SIZES)}")
-    config = SIZES[name] | overrides
+    config = SIZES[name]
     if network is VisionTransformer:
         config = {key: value for key, value in config.items() if not key.startswith("decoder_")}
+    config = config | overrides
     config = NORMALISATION["imagenet" if config["channels"] == 3 else "digits"] | config
     size, patch, channels = (config[key] for key in ("image_size", "patch_size", "channels"))
     if size < patch or size % patch:
@@ -416,8 +417,6 @@ def learning_rate(step, steps, warmup, peak, minimum=0.0):
 # Weights in and out
 # --------------------------------------------------------------------------------------------------
 
-ENTRIES = ("model", "state_dict", "model_ema")                 # the models' own entries come first
-
 HUGGING_FACE = (        # ViTMAE's and ViT's names -> ours, one after the other
     (r"^vit\.", ""),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -445,13 +444,14 @@ def read_checkpoint(path, kind=None):
     or "finetune", to accept a checkpoint of that stage of ours only.
     """
     content = read_file(path)
-    entries = [content.get(key) for key in ENTRIES] + [*content.values()]
-    state = next((entry for entry in entries if is_state_dict(entry)), content)
-    found = ", ".join(list(map(str, state))[:4]) or "nothing"
-    state = our_names(state)
-    if "patch_embed.proj.weight" not in state:
+    entries = [content.get(key) for key in ("model", "state_dict", "model_ema")]      # these first
+    entries += [*content.values(), content]
+    states = [our_names(entry) for entry in entries if isinstance(entry, dict)]
+    state = next((state for state in states if "patch_embed.proj.weight" in state), None)
+    if state is None:
+        found = [*map(str, next(filter(None, states), content))] or ["nothing"]
         raise ValueError(f"{path} holds no vision transformer (cls_token, patch_embed.proj.weight, "
-                         f"blocks.0.norm1.weight, ...), but {found}")
+                         f"blocks.0.norm1.weight, ...), but {', '.join(found[:4])}")
     if "dist_token" in state:
         raise ValueError(f"{path} is a distilled DeiT, which has a token and a head more: take a "
                          "plain one, or give certify.py a --classifier that builds it")
@@ -483,14 +483,9 @@ def read_file(path):
     return content
 
 
-def is_state_dict(state):
-    """Whether this is a dict with tensors in it."""
-    return isinstance(state, dict) and any(isinstance(w, torch.Tensor) for w in state.values())
-
-
 def our_names(state):
     """A state dict under our names: without wrappers' prefixes, Hugging Face's names translated."""
-    state = {name: w for name, w in state.items() if isinstance(w, torch.Tensor)}
+    state = {str(name): w for name, w in state.items() if isinstance(w, torch.Tensor)}
     state.pop("n_averaged", None)                              # AveragedModel's counter
     while len({name.partition(".")[0] for name in state}) == 1 and all("." in n for n in state):
         state = {name.partition(".")[2]: value for name, value in state.items()}
@@ -515,8 +510,8 @@ def our_names(state):
 def load_weights(model, state, origin, may_miss=(), may_leave=()):
     """Copy `state` into `model`, or raise a ValueError that names what does not fit in `origin`.
 
-    Positions of another grid are interpolated. Keys may be missing from `state`, or be left over in
-    it, if they start with one of the given prefixes. Returns the lists of both.
+    Keys may be missing from `state`, or be left over in it, if they start with one of the given
+    prefixes; then positions of another grid are interpolated, too. Returns the lists of both.
     """
     own = model.state_dict()
     missing = [key for key in own if key not in state]
@@ -524,7 +519,7 @@ def load_weights(model, state, origin, may_miss=(), may_leave=()):
     wrong = [f"{key} is missing" for key in missing if not key.startswith(tuple(may_miss))]
     wrong += [f"{key} is unexpected" for key in left_over if not key.startswith(tuple(may_leave))]
     common = {key: state[key] for key in own if key in state}
-    for key in [key for key in common if key.endswith("pos_embed")]:
+    for key in [key for key in common if may_leave and key.endswith("pos_embed")]:
         if common[key].ndim == 3 and common[key].shape[1] != own[key].shape[1]:
             common[key] = interpolate_positions(common[key].float(), model.grid)
     for key, value in common.items():

@@ -19,7 +19,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from certify import read_classifier, rebuild, refuse
+from certify import rebuild, refuse
 from model import DenoisingMaskedAutoencoder, load_weights, read_checkpoint, unpatchify
 
 
@@ -57,7 +57,8 @@ def open_networks():
     if len(files) != 2:
         refuse("extras/denoise.py needs CHECKPOINTS=DENOISER.pt:CLASSIFIER.pt")
     try:
-        return open_denoiser(files[0]), rebuild(read_classifier(files[1]), files[1]).eval()
+        classifier = rebuild(read_checkpoint(files[1], "finetune"), files[1])
+        return open_denoiser(files[0]), classifier.eval()
     except ValueError as error:
         refuse(error)
 

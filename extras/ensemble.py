@@ -16,7 +16,8 @@ import os
 import torch
 import torch.nn.functional as F
 
-from certify import CHUNK, read_classifier, rebuild, refuse
+from certify import CHUNK, rebuild, refuse
+from model import read_checkpoint
 
 
 class Consensus:
@@ -57,7 +58,7 @@ def open_networks():
     if len(files) < 2:
         refuse("extras/ensemble.py needs CHECKPOINTS=a.pt:b.pt")
     try:
-        checkpoints = [read_classifier(file) for file in files]
+        checkpoints = [read_checkpoint(file, "finetune") for file in files]
     except ValueError as error:
         refuse(error)
     wanted = ("dataset", "image_size", "channels", "classes")

@@ -89,8 +89,8 @@ def test_the_rows_are_all_combinations_seeds_and_heads_seed_by_seed():
 
 def test_every_command_of_the_rows_is_accepted_and_changes_only_what_the_row_says(monkeypatch):
     module = open_script(DIGITS / "ablation.py")
-    checkpoint = certify.read_classifier(DIGITS / "finetune_sigma_0.25.pt")
-    monkeypatch.setattr(certify, "read_classifier", lambda file: checkpoint)
+    checkpoint = pretrain.read_checkpoint(DIGITS / "finetune_sigma_0.25.pt")
+    monkeypatch.setattr("model.read_checkpoint", lambda *_: checkpoint)
     factors = {"sigma", "mask_ratio", "loss_on", "seed"}
     for row in committed_rows(DIGITS, "ablation.jsonl"):
         before, after, certified = row["commands"]

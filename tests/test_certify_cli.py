@@ -411,7 +411,7 @@ def test_jobs_of_different_sizes_at_the_same_time(reference, command, torchrun, 
 def test_a_part_in_use_is_refused(command, tmp_path, capsys):
     tmp_path.joinpath("run").mkdir()
     with filelock.FileLock(tmp_path / f"run/.{NAME}.lock0-1-0-1"):           # of another process
-        refused(command(tmp_path / "run"), capsys, "lock0-1-0-1")
+        refused(command(tmp_path / "run"), capsys, "lock0-1-0-1", status=1)
         assert not list((tmp_path / "run").glob("*.part*"))
         main(command(tmp_path / "run", "--shard", "0/2"))      # another part is free
     main(command(tmp_path / "run"))

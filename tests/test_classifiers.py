@@ -1,6 +1,7 @@
 """What f may be, and what certify() may be given: taken, or refused in one line."""
 
 import csv
+import hashlib
 import math
 import os
 import re
@@ -358,15 +359,25 @@ def test_the_broken_image_is_named_and_copies_that_fill_a_batch_do_not_matter():
 
 
 @pytest.mark.parametrize(("place", "words"), [
-    ("none.py:f", "no none.py"), ("mine.py", "no mine.py"), (":f", "no :f"),
+    ("none.py:f", "none.py:f: there is no"), ("mine.py", "mine.py: there is no"),
+    (":f", "--classifier :f: there is no"),
     ("mine.py:", "no function ''"), ("mine.py:missing", "no function 'missing'"),
     ("mine.py:not_callable", "no function 'not_callable'"),
-    ("mine.py:Holder", "is a class: name an instance of it")])
+    ("mine.py:Holder", "no function 'Holder'")])
 def test_a_name_that_is_no_function_is_refused(
         file, tmp_path, refused, monkeypatch, place, words):
     monkeypatch.chdir(file.parent)
     assert words in refused(flags(place, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_written_again_at_once_is_read_again(tmp_path):
+    """Python's own cache of compiled files sees neither another time nor another size."""
+    for value in (1, 2):
+        source = f"def f(x):\n    return {value}\n"
+        (tmp_path / "mine.py").write_text(source)
+        f, found = c.open_plug(f"{tmp_path}/mine.py:f", "--classifier")
+        assert f(0) == value and found == hashlib.sha256(source.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("source", ["import nothing_of_this_name", "raise ValueError('odd')",

@@ -61,8 +61,9 @@ def parsed(gpu, monkeypatch, tmp_path):
         return {}
 
     monkeypatch.setattr(finetune, "read_checkpoint", checkpoint_of)
-    original = certify.read_classifier
-    monkeypatch.setattr(certify, "read_classifier", lambda file: made.get(file) or original(file))
+    original = pretrain.read_checkpoint
+    read = lambda file, kind=None: made.get(file) or original(file, kind)
+    monkeypatch.setattr("model.read_checkpoint", read)
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "describe", lambda *_: "")
     monkeypatch.setattr(bench, "large_matmul", lambda *_: (None, 0))

@@ -519,8 +519,8 @@ def test_an_exception_inside_keeps_its_traceback_and_ends_with_a_line_of_ours(
 
 
 @pytest.mark.parametrize("objective, said", [
-    ("mean", "there is no mean (--objective FILE.py:NAME)"),
-    ("gone.py:loss", "there is no gone.py"), ("mine.py:", "mine.py has no function ''"),
+    ("mean", "--objective mean: there is no such FILE.py:NAME"),
+    ("gone.py:loss", "gone.py:loss: there is no such"), ("mine.py:", "mine.py has no function ''"),
     ("mine.py:gone", "mine.py has no function 'gone'"), ("mine.py:SEEN", "no function 'SEEN'"),
     ("extras/smoothadv.py", "FILE.py:NAME")])
 def test_what_is_no_objective_is_one_line(objective, said, users_folder, monkeypatch, capsys):

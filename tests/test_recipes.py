@@ -1,4 +1,4 @@
-"""What recipes and flags stand for: the paper's values, RandAugment, a step, dtypes, workers."""
+"""What recipes and flags stand for: the paper's values, RandAugment, a step, dtypes."""
 
 import json
 from pathlib import Path
@@ -253,7 +253,7 @@ def test_a_loss_that_is_none_says_what_to_try(tmp_path, monkeypatch, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# Devices, dtypes, workers
+# Devices, dtypes
 # --------------------------------------------------------------------------------------------------
 
 

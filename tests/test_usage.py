@@ -117,7 +117,7 @@ WORDS = {
         "checkpoint": [("tuned.pt", "--checkpoint")],      # besides --classifier
         "classifier": [("gone.py:zeros", "gone.py"), ("plugs.py", "plugs.py"),
                        ("plugs.py:f", "'f'"), ("plugs.py:value", "'value'"),
-                       ("plugs.py:Network", "class"), ("plugs.py:three", "3 logits")],
+                       ("plugs.py:Network", "'Network'"), ("plugs.py:three", "3 logits")],
         "procedure": [("gone.py:f", "gone.py"), ("sequential", "sequential"),
                       ("plugs.py:value", "'value'")],
         "shard": [("2/2", "--shard"), ("1", "--shard"), ("-1/2", "--shard"), ("0/0", "--shard")],
@@ -427,7 +427,7 @@ def as_if_trained(tmp_path, monkeypatch):
         data = settings | {"image_size": settings["size"]}
         checkpoint = dict(kind="pretrain", data=data, settings=settings, sigma=0.25)
         monkeypatch.setattr(finetune, "read_checkpoint", lambda *_: checkpoint)
-        monkeypatch.setattr(certify, "read_classifier", lambda *_: checkpoint)
+        monkeypatch.setattr("model.read_checkpoint", lambda *_: checkpoint)
         monkeypatch.setattr(finetune, "Path", lambda *path: types.SimpleNamespace(
             exists=lambda: True, is_file=Path(*path).is_file, stem=Path(*path).stem,
             resolve=Path(*path).resolve, read_bytes=Path(*path).read_bytes))

@@ -10,7 +10,14 @@ from torch import nn
 
 import finetune
 import pretrain
-from model import build_dmae, build_vit, load_autoencoder, load_encoder, read_checkpoint
+from model import (
+    build_dmae,
+    build_vit,
+    load_autoencoder,
+    load_encoder,
+    load_weights,
+    read_checkpoint,
+)
 
 SIZE = dict(image_size=8, dim=16, depth=2, heads=2)
 DECODER = dict(decoder_dim=8, decoder_depth=1, decoder_heads=2)
@@ -135,6 +142,19 @@ def test_positions_of_encoder_and_decoder_are_interpolated_for_another_grid(stat
     found = autoencoder_of(tmp_path / "grid.pt", image_size=16)
     for key, width in zip(TABLES, (16, 8), strict=True):
         torch.testing.assert_close(found[key], torch.full((1, 65, width), 0.25))
+
+
+def test_a_networks_own_weights_are_not_fitted_to_another_grid():
+    """A run that goes on, or is certified, has the grid it was trained with."""
+    own = build_vit("vit_digits", 10).state_dict()
+    with pytest.raises(ValueError, match="run.last.pt does not fit the model: pos_embed is"):
+        load_weights(build_vit("vit_digits", 10, image_size=16), own, "run.last.pt")
+
+
+def test_a_file_of_numbered_tensors_is_refused(tmp_path):
+    torch.save({0: torch.ones(1)}, tmp_path / "numbered.pt")
+    with pytest.raises(ValueError, match="numbered.pt holds no vision transformer"):
+        read_checkpoint(tmp_path / "numbered.pt")
 
 
 @pytest.mark.parametrize("content, found", [

@@ -133,7 +133,7 @@ def seconds_of(name):
 
 def rebuild(file, device):
     """The network of a checkpoint of finetune.py."""
-    return certify.rebuild(certify.read_classifier(file), file).eval().to(device)
+    return certify.rebuild(finetune.read_checkpoint(file, "finetune"), file).eval().to(device)
 
 
 def plug(place, files):
