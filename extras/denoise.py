@@ -57,8 +57,8 @@ def open_networks():
     if len(files) != 2:
         refuse("extras/denoise.py needs CHECKPOINTS=DENOISER.pt:CLASSIFIER.pt")
     try:
-        classifier = rebuild(read_checkpoint(files[1], "finetune"), files[1])
-        return open_denoiser(files[0]), classifier.eval()
+        denoiser, checkpoint = open_denoiser(files[0]), read_checkpoint(files[1], "finetune")
+        return denoiser, rebuild(checkpoint, files[1]).eval()
     except ValueError as error:
         refuse(error)
 
