@@ -236,9 +236,7 @@ def parse(argv):
             if given.get(key, values[key]) != values[key]:
                 refuse(f"--{key} {given[key]} contradicts {init}, made with {values[key]} (to "
                        "transfer it to other data, name another --recipe)")
-    named = given.get("dataset", values["dataset"])
-    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
-        refuse(f"--dataset {named} needs a --recipe or a --model")
+    check_dataset(given, values)
     objective = given.get("objective", values["objective"] if given["sigma"] else "gaussian")
     own = values["objective_args"] if objective == values["objective"] else ()
     values |= {"out": f"runs/{recipe}"} | given
@@ -641,6 +639,14 @@ def main(argv=None):
 # ==================================================================================================
 # The same in pretrain.py and finetune.py: processes, the order of the data, log and checkpoints
 # ==================================================================================================
+
+
+def check_dataset(given, values):
+    """Other data than those of the recipe that nobody named need a recipe, or a model."""
+    named = given.get("dataset", values["dataset"])
+    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
+        refuse(f"--dataset {named} needs a --recipe or a --model: without, they are for "
+               f"{values['dataset']}")
 
 
 def parallelise(model, args, device):

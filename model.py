@@ -446,10 +446,10 @@ def read_checkpoint(path, kind=None):
     content = read_file(path)
     entries = [content.get(key) for key in ("model", "state_dict", "model_ema")]      # these first
     entries += [*content.values(), content]
-    states = [our_names(entry) for entry in entries if isinstance(entry, dict)]
-    state = next((state for state in states if "patch_embed.proj.weight" in state), None)
+    dicts = [entry for entry in entries if isinstance(entry, dict)]
+    state = next((s for s in map(our_names, dicts) if "patch_embed.proj.weight" in s), None)
     if state is None:
-        found = [*map(str, next(filter(None, states), content))] or ["nothing"]
+        found = [*map(str, next(filter(None, map(our_names, dicts)), content))] or ["nothing"]
         raise ValueError(f"{path} holds no vision transformer (cls_token, patch_embed.proj.weight, "
                          f"blocks.0.norm1.weight, ...), but {', '.join(found[:4])}")
     if "dist_token" in state:

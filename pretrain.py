@@ -166,9 +166,7 @@ def parse(argv):
     given = read_flags(__doc__, table, argv)
     recipe = given.get("recipe", "digits")
     values = {name: value for name, (value, *_) in table.items()} | RECIPES[recipe]
-    named = given.get("dataset", values["dataset"])
-    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
-        refuse(f"--dataset {named} needs a --recipe or a --model")
+    check_dataset(given, values)
     return argparse.Namespace(**values | {"out": f"runs/{recipe}"} | given)
 
 
@@ -344,6 +342,14 @@ def main(argv=None):
 # ==================================================================================================
 # The same in pretrain.py and finetune.py: processes, the order of the data, log and checkpoints
 # ==================================================================================================
+
+
+def check_dataset(given, values):
+    """Other data than those of the recipe that nobody named need a recipe, or a model."""
+    named = given.get("dataset", values["dataset"])
+    if named != values["dataset"] and not {"recipe", "model"} & given.keys():
+        refuse(f"--dataset {named} needs a --recipe or a --model: without, they are for "
+               f"{values['dataset']}")
 
 
 def parallelise(model, args, device):

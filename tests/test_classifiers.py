@@ -393,10 +393,10 @@ def test_an_error_at_import_keeps_its_traceback_and_names_the_file(tmp_path, sou
 def test_a_traceback_ends_with_the_line_that_says_where_it_was(tmp_path):
     (tmp_path / "mine.py").write_text("\n1 / 0\n")
     job = alone(*flags(f"{tmp_path}/mine.py:f", tmp_path / "run"))
-    *traceback, last = job.stderr.splitlines()
-    assert job.returncode == 1 and traceback[0].startswith("Traceback")
-    assert any("mine.py" in line and "line 2" in line for line in traceback)
-    assert "ZeroDivisionError: division by zero" in traceback
+    *lines, last = job.stderr.splitlines()
+    assert job.returncode == 1 and lines[0].startswith("Traceback")
+    assert any("mine.py" in line and "line 2" in line for line in lines)
+    assert "ZeroDivisionError: division by zero" in lines
     assert last == f"RuntimeError: in the import of {tmp_path}/mine.py (--classifier)"
 
 
